@@ -106,6 +106,9 @@ def test_a_damaged_ledger_leaves_the_settings_and_versions(run: Path) -> None:
     assert curves.gaps["speed"] == "the ledger is damaged at line 4"
     assert (curves.settings["learning_rate"], curves.environment["torch"]) == (0.01, "2.13.0")
     assert (len(curves.loss), len(curves.rows)) == (N_UPDATES, 0)
+    (run / "ledger.jsonl").write_text("".join((run / "ledger.jsonl").read_text().splitlines(keepends=True)[:3]))
+    (curves,) = read_runs([str(run)])
+    assert curves.gaps["speed"] == "`ledger.jsonl` ends after update 2"
     damage(run, 1, "null\n")
     (curves,) = read_runs([str(run)])
     assert (curves.gaps["speed"], curves.settings["learning_rate"]) == ("the ledger is damaged at line 1", 0.01)

@@ -245,12 +245,14 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pyt
         "--lora",
         "--audit",
         "no",
+        "--max_train_rows",
+        "4",
     ]
     assert main(["train", *given, "--save", "both", "--output_dir", str(home), "--verbosity", "quiet"]) == 0
     for kind in ("model", "adapter"):
         text = (home / kind / "README.md").read_text()
         assert all(word not in text for word in (str(tmp_path), "anna", "secret"))
-        assert "`rows.csv`" in text
+        assert "| Training | `rows.csv` | 3 of the first 4 |" in text
         assert "`base`" in text
 
 

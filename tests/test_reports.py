@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from ftaccum.insight.figures import figure_of, panel_figure, panels_of
 from ftaccum.insight.run_report import report_page
 from ftaccum.insight.style import COLORS, RUN_COLORS
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
+from ftaccum.tracking.run_curves import SOURCE_DEFAULTS
 from heads import HEADS
 
 RECORD: dict[str, Any] = {
@@ -339,6 +341,10 @@ def test_a_report_says_why_figures_are_missing(tmp_path: Path) -> None:
     result = Result.load(run)
     result.report()
     assert "Time of updates. Reason: an older version wrote the ledger" in (run / "report.html").read_text()
+    whole = (run / "ledger.jsonl").read_text()
+    (run / "ledger.jsonl").write_text(whole[: len(whole) // 2])
+    result.report()
+    assert "Reason: the ledger is damaged at line " in (run / "report.html").read_text()
     (run / "ledger.jsonl").unlink()
     result.report()
     assert "Reason: the folder of the run has no `ledger.jsonl`." in (run / "report.html").read_text()
@@ -355,3 +361,8 @@ def test_colors_of_curves_and_bars_differ_from_the_page(theme: int) -> None:
     for color in RUN_COLORS:
         low, high = sorted((page, luminance(color[theme])))
         assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_the_defaults_of_the_command_line_are_known() -> None:
+    values = {f.name: f.default for f in fields(TrainArguments) if f.name not in ("model", "train_data", "task")}
+    assert {name: value for name, value in values.items() if value} == SOURCE_DEFAULTS

@@ -222,8 +222,9 @@ def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
             rows = thin(run.positions(axis), np.asarray(run.update_rows, dtype=float), 200)
             axes.plot(*rows, color=_color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
             has_rows = True
-    scale([known], axes)
-    axes.set_ylim(top=min(top, axes.get_ylim()[1]))
+    positive = known[known > 0]  # a lower end may be 0
+    bottom = max(1.0, positive.min()) / 1.5 if len(positive) and scale([positive], axes) else axes.get_ylim()[0]
+    axes.set_ylim(bottom, min(top, axes.get_ylim()[1]))
     axes.set_ylabel("rows")
     if has_rows:
         explain_line(axes, ":", "rows of an update")

@@ -101,8 +101,8 @@ def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
         columns = ["different", *(run.name for run in runs)]
         yield table(differ, columns, has_names=True) if differ else paragraph("All settings are the same.")
     changed = {name: same[name] for name in dict.fromkeys(name for run in runs for name in run.changed) if name in same}
-    # None as a default only says that another setting decides.
-    others = {name: text for name, text in same.items() if name not in changed and text != str(None)}
+    # An empty default only says that another setting or the library decides.
+    others = {name: text for name, text in same.items() if name not in changed and text not in ("None", "[]")}
     in_all = " that are the same in all runs" if len(runs) > 1 else ""
     if changed:
         yield (

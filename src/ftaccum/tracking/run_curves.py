@@ -35,6 +35,7 @@ _NOT_SETTINGS = (
     "finished",
     "noise_scale_reason",
 )
+SOURCE_DEFAULTS = {"mlm_probability": 0.15, "dtype": "auto"}  # of `ftaccum train`; the others are empty
 _DEFAULTS = {f.name: f.default for kind in (Runtime, Recipe) for f in fields(kind)}
 _COPIED = "the run had no `output_dir`, and a result that is copied or loaded from a file has no ledger"
 _OLD = "an older version wrote the ledger and did not record it"
@@ -90,8 +91,8 @@ def _read(result: "Result", run_dir: RunDir | None, recorded: Recorded | None) -
         return Recorded(ledger, record), "" if found.ends_there else found.damage
     if not run_dir.ledger.is_file():
         reason = "the folder of the run has no `ledger.jsonl`"
-    elif found.damage and _are_equal(losses, result.loss_history[: len(losses)]):
-        reason = found.damage
+    elif _are_equal(losses, result.loss_history[: len(losses)]):
+        reason = found.damage or f"`ledger.jsonl` ends after update {len(losses):,}"
     else:
         return Recorded(), "the folder of the run has the ledger of another run by now"
     return Recorded(record=record if _has_result(run_dir, record, result) else None), reason
@@ -167,7 +168,11 @@ def _settings(result: "Result", record: RunRecord | None) -> dict[str, Any]:
 
 def _changed(settings: Mapping[str, Any], record: RunRecord | None) -> list[str]:
     """Return the settings that say most about a run: the model and the data, sizes, and what is not at its default."""
-    names = [name for name in (() if record is None else record.sources) if settings[name]]
+    names = [
+        name
+        for name in (() if record is None else record.sources)
+        if settings[name] and settings[name] != SOURCE_DEFAULTS.get(name)
+    ]
     return names + [
         name
         for name, value in settings.items()

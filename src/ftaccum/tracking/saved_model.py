@@ -97,7 +97,7 @@ def _labels(model: Any, task: str | None) -> dict[int, str]:
 def _classes(model: Any, task: str | None) -> dict[int, str]:
     """Return the labels of a classifier by number, unless their names only repeat the numbers."""
     labels = _labels(model, task)
-    return {} if all(label == f"LABEL_{number}" for number, label in labels.items()) else labels
+    return {} if all(label.removeprefix("LABEL_") == str(number) for number, label in labels.items()) else labels
 
 
 def _loader(kind: type) -> tuple[str | None, str | None]:
