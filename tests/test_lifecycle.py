@@ -23,7 +23,6 @@ from ftaccum import DataError, Result, SettingsError, test_fine_tuning
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.tracking.ledger import EvaluationEntry, Ledger, WindowEntry
 from ftaccum.tracking.selection import Criterion
-from ftaccum.tracking.throughput import Throughput
 from heads import HEADS, one_batch
 from training_passes import is_training_pass
 
@@ -351,7 +350,7 @@ def test_a_best_evaluation_is_found_among_those_that_diverged() -> None:
     for epoch in range(3):
         ledger.record(EvaluationEntry(epoch + 1, epoch, 1, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(
-        ledger, BatchSizes(1, 1, 1, 1), Criterion(), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0,
+        ledger, BatchSizes(1, 1, 1, 1), Criterion(), training_time=1.0,
         out_of_memory=0, amp_enabled=False, final_loss_scale=None, output_dir=None,
     )  # fmt: skip
     assert (result.best_val_loss, result.best_update) == (0.5, 2)

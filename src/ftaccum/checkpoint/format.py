@@ -112,7 +112,7 @@ class Checkpoint:
         return cls(path, json.loads((path / STATE).read_text()), entries)
 
     def processes(self) -> list[dict[str, Any]]:
-        """Return the random generators and the throughput of each process."""
+        """Return the random generators of each process."""
         return torch.load(self.path / PROCESSES, weights_only=True)
 
     @property

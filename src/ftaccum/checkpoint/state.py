@@ -4,7 +4,6 @@ import functools
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,6 @@ from ..runtime.sharding.tensors import is_sharded
 from ..runtime.state_guards import Generators, seed_all
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.metrics_logger import MetricsLogger
-from ..tracking.throughput import Throughput
 from .best_weights import BestWeights
 from .format import OPTIMIZER, Checkpoint, Snapshot, WholeTensors
 from .optimizer_state import load_optimizer_state, optimizer_state
@@ -75,6 +73,7 @@ class TrainState:
         self._extra_state: dict[str, Stateful] = {"metrics_logger": metrics_logger, "best": best, **extra_state}
         self._tensors = RunTensors(model, loss_fn, self._optimizer)
         self._user_states = UserStates(model, loss_fn, callbacks)
+        self._processes: list[dict[str, Any]] = []  # of the checkpoint that was restored
 
     @property
     def is_sharded(self) -> bool:
@@ -101,7 +100,6 @@ class TrainState:
             [
                 {
                     "generators": Generators.now().state_dict(),
-                    "work": asdict(self.metrics_logger.throughput),
                     "checkpoint": secrets.token_hex(8),
                 }
             ]
@@ -231,7 +229,7 @@ class TrainState:
             if name in steps["extra"]:
                 module.set_extra_state(steps["extra"][name])
         self._callbacks.load_state_dict(steps["callbacks"], continues=bool(changed))
-        self._restore_work([process["work"] for process in checkpoint.processes()])
+        self._processes = checkpoint.processes()  # before the run writes anything: the file may be damaged
 
     def restore_best(self, checkpoint: "Checkpoint", best: EvaluationEntry | None, changed: Set[str]) -> None:
         """Restore the weights of the best evaluation, if this run keeps them.
@@ -268,22 +266,11 @@ class TrainState:
 
         Call this right before the next window: other steps may draw numbers.
         """
-        processes, index = checkpoint.processes(), self._accelerator.process_index
+        processes, index = self._processes, self._accelerator.process_index
         if len(processes) == self._accelerator.num_processes:
             Generators.of_state(processes[index]["generators"]).restore()
         else:
             seed_all(seed, index, len(checkpoint.windows))
-
-    def _restore_work(self, by_process: list[dict[str, Any]]) -> None:
-        """Restore the throughput. If the number of processes has changed, the main process gets all counts.
-
-        The seconds are the same on all processes.
-        """
-        index, n = self._accelerator.process_index, self._accelerator.num_processes
-        own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
-        for work in own:
-            self.metrics_logger.throughput.merge(Throughput(**work))
-        self.metrics_logger.throughput.seconds = by_process[0]["seconds"]
 
 
 def _forward(schedule: LRScheduler, n_updates: int) -> None:

@@ -9,7 +9,7 @@ from ..planning.halves import CutWindow, MeasuredWindows, split_halves
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.log import logger
 from ..runtime.process_group import SINGLE, ProcessGroup
-from ..tracking.throughput import Throughput
+from ..tracking.work import Work
 from .loader import Loader, LocalRows, MicroBatch
 
 
@@ -31,11 +31,11 @@ class LocalWindow:
     seed: tuple[int, ...] = (0,)
 
     @property
-    def work(self) -> Throughput:
+    def work(self) -> Work:
         """The numbers of passes, rows, tokens and positions in it."""
-        everything = Throughput(passes=len(self.micro_batches))
+        everything = Work(passes=len(self.micro_batches))
         for micro in self.micro_batches:
-            everything.merge(Throughput(len(micro.slice.rows), micro.tokens, micro.positions))
+            everything.merge(Work(len(micro.slice.rows), micro.tokens, micro.positions))
         return everything
 
 

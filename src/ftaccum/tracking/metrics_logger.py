@@ -15,7 +15,6 @@ from .noise_scale import NoiseScaleRecorder, tracked
 from .progress import Progress
 from .running_loss import RunningLoss
 from .step import NoiseMeasurement, StepResult
-from .throughput import Throughput
 from .trackers import run_trackers
 
 # Losses stay on the device until this many windows are read at once.
@@ -45,7 +44,7 @@ class MetricsLogger:
             log_every: number of updates between two entries for the trackers.
             on_log: called with each of these entries and the number of updates before it, on all processes.
         """
-        self.ledger, self.throughput = ledger, Throughput()
+        self.ledger = ledger
         self._accelerator, self._progress = accelerator, progress
         self._batch_sizes, self._log_every, self._on_log = batch_sizes, log_every, on_log
         self._noise_scale = noise_scale
@@ -58,7 +57,6 @@ class MetricsLogger:
 
     def window(self, outcome: StepResult) -> None:
         """Record a window's outcome. Every few windows, read the losses of those recorded so far."""
-        self.throughput.merge(outcome.work)
         self._pending.append(outcome)
         self._progress.advance()
         if len(self._pending) == _DRAIN_EVERY or self.n_windows % self._log_every == 0:
@@ -96,9 +94,8 @@ class MetricsLogger:
         return entry
 
     def audit(self, entry: AuditEntry) -> None:
-        """Record an audit after the windows before it. Its time does not count as training."""
+        """Record an audit after the windows before it."""
         self.drain()
-        self.throughput.seconds -= entry.seconds
         self.ledger.record(entry)
         values = {"audit/error": entry.error, "audit/loss_error": entry.loss_error}
         self._accelerator.log(values, step=entry.audit - 1)

@@ -18,9 +18,8 @@ from .result_table import as_html, as_text
 from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
-from .throughput import Throughput
 from .trained_model import TrainedModel
-from .update_times import mean_speed, work_of
+from .update_times import mean_speed, padding_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +114,6 @@ class Result(Mapping[str, Any]):
         batch_sizes: BatchSizes,
         criterion: Criterion,
         *,
-        work: Throughput,
         training_time: float,
         out_of_memory: int,
         amp_enabled: bool,
@@ -128,7 +126,7 @@ class Result(Mapping[str, Any]):
         initial = next((e for e in ledger.evaluations if not e.evaluation), None)
         evaluations = [e for e in ledger.evaluations if e.evaluation]
         lowest, best = Criterion().best(evaluations), criterion.best(evaluations)
-        last = batch_sizes.at(len(windows) - 1)
+        last, padding = batch_sizes.at(len(windows) - 1), padding_of(windows)
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
             final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss if epochs else math.nan,
@@ -150,8 +148,8 @@ class Result(Mapping[str, Any]):
             num_processes=batch_sizes.num_processes,
             training_time=training_time,
             samples_per_second=mean_speed(windows, "rows"),
-            tokens_per_second=mean_speed(windows, "tokens") if work.positions else None,
-            padding_fraction=1 - work.tokens / work.positions if work.positions else None,
+            tokens_per_second=mean_speed(windows, "tokens") if padding is not None else None,
+            padding_fraction=padding,
             passes_per_update=sum(w.passes for w in windows) / len(windows),
             out_of_memory=out_of_memory,
             amp_enabled=amp_enabled,
@@ -278,7 +276,6 @@ class Result(Mapping[str, Any]):
                 ledger,
                 record.batch_sizes(),
                 record.criterion(),
-                work=work_of(ledger.windows),
                 training_time=math.nan,
                 out_of_memory=0,
                 amp_enabled=record.amp_enabled,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..objective.normalizer import WeightedMeans
 from .phase_timer import UpdateSeconds
-from .throughput import Throughput
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepResult:
         noise: the agreement of the halves of the window; None if it was not measured.
     """
 
-    work: Throughput
+    work: Work
     rows: int
     losses: WeightedMeans
     grad_norm: float

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from .ledger import Ledger, WindowEntry
-from .throughput import Throughput
 
 
 def seconds_by_use(ledger: Ledger) -> dict[str, float]:
@@ -35,9 +34,10 @@ def mean_speed(windows: Sequence[WindowEntry], unit: str) -> float:
     return sum(done for done, _ in timed) / sum(time for _, time in timed) if timed else math.nan
 
 
-def work_of(windows: Sequence[WindowEntry]) -> Throughput:
-    """Return the rows, tokens and positions of updates."""
-    return Throughput(*(sum(getattr(w, name) for w in windows) for name in ("rows", "tokens", "positions")))
+def padding_of(windows: Sequence[WindowEntry]) -> float | None:
+    """Return the share of padding in the token positions of updates; None if their rows have no tokens."""
+    positions = sum(w.positions for w in windows)
+    return 1 - sum(w.tokens for w in windows) / positions if positions else None
 
 
 def _seconds(window: WindowEntry) -> float:

@@ -3,9 +3,6 @@
 from dataclasses import replace
 from functools import cached_property
 
-import torch
-from accelerate import Accelerator
-
 from ..errors import OutputWarning, warn_user
 from ..runtime.log import logger
 from ..tracking.hub import check_hub
@@ -14,7 +11,6 @@ from ..tracking.publishing import publish
 from ..tracking.recorded import Recorded
 from ..tracking.result import Result
 from ..tracking.run_record import RunRecord
-from ..tracking.throughput import Throughput
 from .build_evaluation import EvaluatedSetup
 from .build_identity import build_record
 
@@ -86,17 +82,9 @@ class RunWithOutputs(EvaluatedSetup):
             self.metrics_logger.ledger,
             self.batch_sizes,
             self.criterion,
-            work=_over_processes(self.metrics_logger.throughput, self.accelerator),
             training_time=self.metrics_logger.seconds,
             out_of_memory=self.oom_recovery.limits.failures,
             amp_enabled=self.accelerator.mixed_precision != "no",
             final_loss_scale=None if scaler is None else scaler.get_scale(),
             output_dir=None if self.run_dir is None else str(self.run_dir.path),
         )
-
-
-def _over_processes(throughput: Throughput, accelerator: Accelerator) -> Throughput:
-    counts = [throughput.rows, throughput.tokens, throughput.positions, throughput.passes]
-    summed = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
-    rows, tokens, positions, passes = summed.tolist()
-    return Throughput(rows, tokens, positions, passes, throughput.seconds)

@@ -60,8 +60,7 @@ class Evaluator:
         self._is_requested = requested
         if not (requested or self._is_due()) or self._plan.ends_epoch(self._n_updates):
             return False
-        with self._metrics_logger.throughput.timed(-1):
-            self._evaluate_again()
+        self._evaluate_again()
         return True
 
     def after_epoch(self, *, always: bool, requested: bool) -> None:

@@ -175,12 +175,11 @@ class TrainingRun(RunWithOutputs):
         with self.checkpoint_manager.saved_on(self._agreed_errors, lambda: not self.loop.in_update):
             if not self.metrics_logger.is_in_epoch:
                 self.callback_handler.send("on_epoch_begin")
-            with self.metrics_logger.throughput.timed():
-                if self.evaluator.after_update(requested=False):  # an error ended the earlier run before this
-                    self.callback_handler.settle()
-                if not self._stops:
-                    windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
-                    self.loop.train(windows, self._loop_hooks())
+            if self.evaluator.after_update(requested=False):  # an error ended the earlier run before this
+                self.callback_handler.settle()
+            if not self._stops:
+                windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
+                self.loop.train(windows, self._loop_hooks())
             requests = self._end_epoch(epoch)
         entry = self.metrics_logger.epoch()
         if self.evaluation is None:

@@ -1,5 +1,6 @@
 """A run of `ftaccum train` as its folder records it: the command, and a checkpoint to continue from."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,6 +16,7 @@ from ...runtime.run_dir import RunDir
 from ...settings.recipe import SIZES, Recipe
 from ...tasks.arguments import TrainArguments
 from ...tracking.run_record import RunRecord
+from ...tracking.update_times import mean_speed
 from ..run_folder import find_fault
 from .experiment import Experiment, experiment_of, steady_rate
 
@@ -129,9 +131,8 @@ class RecordedRun:
 
     def seconds_of(self, n_rows: int) -> float | None:
         """Return the seconds in which the run trained on as many rows; None if that is not known."""
-        work = [process["work"] for process in self.checkpoint.processes()]
-        rows, seconds = sum(one["rows"] for one in work), work[0]["seconds"]
-        return n_rows * seconds / rows if rows and seconds else None
+        speed = mean_speed(self.checkpoint.windows, "rows")
+        return None if math.isnan(speed) else n_rows / speed
 
 
 def _find(folder: Path, checkpoint: str | None, record: RunRecord) -> Path:
