@@ -242,24 +242,46 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     given = experiment_of(16, 5000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=3)
 
     def said(means: list[float], spread: float = 0.001) -> str:
-        return verdict(outcomes_of(means, spread), given, "validation loss")
+        return verdict(outcomes_of(means, spread), given, "validation loss", 60)
 
     assert said([0.8, 0.8, 0.7, 0.6, 0.8]).startswith("Twice the batch (32 rows) with the scaled learning rate")
     assert "`effective_batch_size=8`" in said([0.8, 0.5, 0.7, 0.6, 0.8])
     assert said([0.8, 0.8, 0.5, 0.6, 0.8]).startswith("The run's batch (16 rows) reached the lowest validation loss")
     assert said([0.8, 0.8, 0.5, 0.502, 0.8]).startswith(
-        "No verdict: the 90% interval of updates of 16 rows overlaps those of 32"
+        "No verdict: the 90% interval of updates of 16 rows overlaps those of 32 rows, and"
+    )
+    assert said([0.8, 0.5, 0.7, 0.6, 0.8]).endswith(
+        "measured on 60 rows: the intervals cover the order of the training rows only, and not the choice of the 60 "
+        "rows."
     )
     # 2.92 · 0.001 / √3 = 0.00169 is the half-width of each.
     assert said([0.8, 0.8, 0.5, 0.5035, 0.8]).startswith("The run's batch")
     assert said([0.8, 0.8, 0.7, 0.6, 0.6]).startswith("Twice the batch")  # two rates of one batch may overlap
     assert said([0.8, 0.8, 0.7, math.inf, 0.9]).startswith("The run's batch")
     assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
-    one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss")
+    one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss", 60)
     assert one.startswith("No verdict: the check has not trained")
     interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
     assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995, 0.4995, 0.5005, 0.5, 0.5])
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
+
+
+def test_no_batch_is_named_if_every_longer_way_lowers_the_loss() -> None:
+    of_adam, of_sgd = (
+        experiment_of(2, 5000, name, rate=1.0, peak=1.0, share=0.05, seeds=3) for name in ("adamw", "sgd")
+    )
+
+    def said(means: list[float], given: Any = of_adam) -> str:
+        return verdict(outcomes_of(means), given, "loss", 60)
+
+    # Rate × updates, relative to the run's batch: 1.41, 2, 1, 0.71, 0.5; for SGD 1, 2, 1, 1, 0.5.
+    learning = "No verdict: the run is still learning at this rate."
+    assert said([0.6, 0.5, 0.7, 0.8, 0.9]).startswith(learning)
+    assert said([0.8, 0.5, 0.7, 0.9, 0.95]).startswith("Half the batch (1 row) with the unchanged learning rate")
+    assert said([0.6, 0.5, 0.7, 0.9, 0.8]).startswith("Half the batch")
+    assert said([0.6, 0.5, 0.7, 0.8, math.inf]).startswith("Half the batch")
+    assert said([0.7, 0.5, 0.6, 0.8, 0.9], of_sgd).startswith(learning)
+    assert said([0.4, 0.5, 0.6, 0.8, 0.9], of_sgd).startswith("Half the batch (1 row) with the scaled")
 
 
 def test_batches_are_compared_within_each_order_if_their_intervals_overlap() -> None:
@@ -274,13 +296,13 @@ def test_batches_are_compared_within_each_order_if_their_intervals_overlap() -> 
     low, high = stats.t.interval(0.9, 2, 0.010, stats.sem(gaps[1.0]))
     assert found[Cell(1.0, True)].mean == pytest.approx(0.010, rel=1e-9)
     assert found[Cell(1.0, True)].half_width == pytest.approx((high - low) / 2, rel=1e-9)
-    conclusion = verdict(outcomes, given, "validation loss")
+    conclusion = verdict(outcomes, given, "validation loss", 60)
     assert conclusion.startswith(
         "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates of "
         "128 rows with the scaled learning rate were lower by 0.021 ± 0.0017 than those of 32 rows and 0.01 ± 0.0017 "
         "than those of 64 rows."
     )
-    assert as_json(given, outcomes, "loss", conclusion)["differences"][1]["mean"] == pytest.approx(0.010, rel=1e-9)
+    assert as_json(given, outcomes, "loss", 60, conclusion)["differences"][1]["mean"] == pytest.approx(0.010, rel=1e-9)
     assert differences_of([Outcome(cell, 1, math.inf, 1.0) for cell in CELLS]) == {}
 
 
@@ -298,7 +320,7 @@ def test_simulated_checks_prefer_a_batch_that_is_better_and_seldom_one_that_is_n
         order, noise = draw.normal(0.5, 0.01, 3), draw.normal(0, 0.001, (3, len(CELLS)))
         losses = order[:, None] + noise - np.array([gap if cell == Cell(2.0, True) else 0.0 for cell in CELLS])
         outcomes = [Outcome(cell, n + 1, losses[n, m], 1.0) for n in range(3) for m, cell in enumerate(CELLS)]
-        conclusions.append(verdict(outcomes, given, "loss"))
+        conclusions.append(verdict(outcomes, given, "loss", 60))
     shares = [np.mean([c.startswith(words) for c in conclusions]) for words in ("The intervals overlap", "No verdict")]
     assert preferred[0] <= shares[0] <= preferred[1]
     assert none[0] <= shares[1] <= none[1]
@@ -462,7 +484,7 @@ def contents(folder: Path) -> dict[str, str]:
     [
         ((), "0.7", "validation loss"),
         (("--lora", "--optimizer", "adamw", "--max_updates", "18"), "0.5", "validation loss"),
-        (("--validation_split", "0", "--max_updates", "10"), "0.8", "loss on held-out rows"),
+        (("--validation_split", "0", "--max_updates", "1", "--n_epochs", "1"), "0.8", "loss on held-out rows"),
         (("--sampler", "balanced", "--lr_scheduler", "cosine"), "0.7", "validation loss"),
     ],
 )

@@ -15,7 +15,7 @@ from .branch import Branches
 from .experiment import CELLS, Cell, Experiment
 from .options import AdviseOptions
 from .recorded_run import RecordedRun
-from .statistics import Outcome, as_json, intervals_of, table, verdict
+from .statistics import Outcome, as_json, intervals_of, rows_of, table, verdict
 
 # Time of a forward pass / time of a forward and a backward pass. The backward pass has about twice the operations of
 # the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
@@ -46,11 +46,11 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
         outcomes, is_complete = _train(branches, shows=is_main and shows)
     if is_main and outcomes:
         losses = table(intervals_of(outcomes), experiment, branches.measure)
-        conclusion = verdict(outcomes, experiment, branches.measure)
+        conclusion = verdict(outcomes, experiment, branches.measure, branches.n_measured)
         print("", losses, "", conclusion, _CAVEATS, sep="\n")
         if options.json is not None:
             values = {"run": str(folder), "checkpoint": run.checkpoint.path.name}
-            values |= as_json(experiment, outcomes, branches.measure, conclusion)
+            values |= as_json(experiment, outcomes, branches.measure, branches.n_measured, conclusion)
             with atomic_write(Path(options.json).expanduser()) as partial:
                 partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
     return is_complete
@@ -64,7 +64,7 @@ def _train(branches: Branches, *, shows: bool) -> tuple[list[Outcome], bool]:
         for cell, number in todo:
             outcomes.append(branches.train(cell, number))
             if shows:
-                done, rows = f"branch {len(outcomes)} of {len(todo)}", f"{branches.experiment.size(cell):,} rows"
+                done, rows = f"branch {len(outcomes)} of {len(todo)}", f"{rows_of(branches.experiment.size(cell))}"
                 last = outcomes[-1]
                 loss = f"{branches.measure} {last.loss:.5g}, {last.seconds:.1f} s"
                 print(f"{done}: {rows}, order {number + 1}: {loss}", file=sys.stderr, flush=True)
@@ -80,6 +80,8 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
     sizes = [f"{e.size(cell):,}" for cell in CELLS if cell.scaled]
     _, is_last = run.rates
     source = "of the last update" if is_last else "the mean over the run, because the schedule has decayed by then"
+    if run.is_warming_up:
+        source += ", inside the warm-up: a later checkpoint has the full rate"
     rows, passes = n * e.rows, sum(_passes(e, cell, batch_size) for cell in CELLS) * e.seeds
     seconds = run.seconds_of(rows + round(_EVALUATION * n * branches.n_measured))
     time = "in unknown time" if seconds is None else f"about {seconds:,.0f} s at the run's speed"
@@ -92,7 +94,8 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
             f"({e.rows / whole:.1%} of the run's {whole:,}), in {e.seeds} orders",
             f"Learning rate: constant at {e.learning_rate:.3g} ({source}) for the run's batch; for the others "
             f"multiplied by {'√ratio' if e.rule == 'sqrt' else 'the ratio'} (scaled), and the same (unchanged)",
-            f"Measured: {branches.measure} after the last row, on {branches.n_measured:,} rows",
+            f"Measured: {branches.measure} after the last row, on {rows_of(branches.n_measured)}"
+            + ("; the run has trained on them in an earlier epoch" if branches.has_seen_measured else ""),
             f"Cost: {n} branches, {rows:,} rows ({rows / whole:.0%} of the run), about {passes:,} forward and backward "
             f"passes and {n} evaluations, {time}, besides starting {n} times",
         ]

@@ -108,6 +108,16 @@ class RecordedRun:
         return steady_rate([window.learning_rate for window in self.checkpoint.windows])
 
     @property
+    def is_warming_up(self) -> bool:
+        """Whether the checkpoint lies inside the warm-up: rates have only risen, and not to the peak."""
+        rates, peak = [window.learning_rate for window in self.checkpoint.windows], self._peak
+        return rates == sorted(rates) and rates[-1] < peak * (1 - 1e-9)
+
+    @property
+    def _peak(self) -> float:
+        return self.checkpoint.metadata["trained_on"]["learning_rate"][0]
+
+    @property
     def planned_rows(self) -> int:
         """Rows that the whole run trains on, if nothing stops it early."""
         most, updates = self.record.recipe["n_epochs"] * self.n_rows, self.record.recipe.get("max_updates")
@@ -115,7 +125,7 @@ class RecordedRun:
 
     def experiment(self, share: float, seeds: int) -> Experiment:
         """Return the experiment that branches this run; for arguments and errors see `experiment_of`."""
-        (rate, _), (peak, *_) = self.rates, self.checkpoint.metadata["trained_on"]["learning_rate"]
+        (rate, _), peak = self.rates, self._peak
         if not rate or not peak:
             raise SettingsError(
                 [f"The learning rate was 0 in all {self.n_updates} updates so far. Check the run after its warm-up."]
