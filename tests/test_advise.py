@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,22 @@ def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
     assert not is_last
 
 
+@pytest.mark.parametrize(
+    ("rates", "is_inside"), [([1.0, 2.0], True), ([2.0, 3.0], False), ([3.0, 2.0], False), ([3.0], False)]
+)
+def test_a_checkpoint_inside_the_warm_up_is_recognised(rates: list[float], is_inside: bool, branches: Branches) -> None:
+    windows = [SimpleNamespace(learning_rate=rate) for rate in rates]
+    checkpoint: Any = SimpleNamespace(windows=windows, metadata={"trained_on": {"learning_rate": [3.0, 9.0]}})
+    assert replace(branches.run, checkpoint=checkpoint).is_warming_up is is_inside
+
+
+def test_rows_that_the_run_has_trained_on_are_not_called_held_out(branches: Branches) -> None:
+    first, second = (replace(branches, order=RowOrder(36, epoch, 0, 42, 16, n_held=8)) for epoch in (0, 1))
+    assert (first.measure, first.has_seen_measured) == ("loss on held-out rows", False)
+    assert (second.measure, second.has_seen_measured) == ("training loss on rows that no branch trains on", True)
+    assert (branches.measure, branches.has_seen_measured) == ("validation loss", False)
+
+
 def test_rows_are_whole_updates_of_all_sizes() -> None:
     for size, n_rows, share, even, rows in ((16, 5000, 0.05, 16, 224), (7, 1000, 0.1, 6, 96), (2, 80, 0.2, 2, 16)):
         found = experiment_of(size, n_rows, "adamw", rate=1.0, peak=1.0, share=share, seeds=2)
@@ -345,6 +362,39 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("faked")
+def test_relative_paths_start_in_the_folder_of_the_command(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["directory"] == str(Path.cwd())
+    shutil.copytree(run, tmp_path / "run")
+    save_rows(tmp_path / "rows.jsonl", ROWS[1:])  # a file of the same name, which is another one
+    monkeypatch.chdir(tmp_path)
+    sources = record["sources"] | {"train_data": "rows.jsonl", "model": "encoder"}
+    for directory, status, said in (
+        (str(run.parent), 0, "Cost:"),
+        ("", 2, "encoder"),
+        (str(tmp_path / "gone"), 2, f"was started in the folder '{tmp_path / 'gone'}', which does not exist here"),
+    ):
+        changed = record | {"directory": directory, "sources": sources}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(changed))
+        assert main(["advise", "run", "--check", "--share", "0.7", "--json", "found.json"]) == status
+        assert said in "".join(capsys.readouterr())
+        assert Path.cwd() == tmp_path
+    assert (tmp_path / "found.json").is_file()
+
+
+def test_another_number_of_processes_is_refused_before_the_cost_is_printed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftaccum.runtime.accelerator.requested_processes", lambda: 2)
+    assert main(["advise", str(run), "--check", "--share", "0.7"]) == 2
+    printed = capsys.readouterr()
+    assert "2 processes were requested, but this run would have 1" in printed.err
+    assert not printed.out
+
+
+@pytest.mark.usefixtures("faked")
 def test_the_cost_is_printed_before_any_training(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     assert main(["advise", "--json", str(file), "--share", "0.7", "--check", str(run)]) == 0
@@ -383,12 +433,18 @@ def test_bad_input_is_one_sentence_before_any_training(
 
     empty = tmp_path / "empty"
     shutil.copytree(run, empty, ignore=shutil.ignore_patterns("checkpoints"))
+    diverged = Path(changed({"model": "x"}, "diverged"))
+    shutil.rmtree(diverged / "checkpoints")
+    result = json.loads((run / "result.json").read_text())
+    result["loss_history"][-1] = None
+    (diverged / "result.json").write_text(json.dumps(result))
     for folder, words, sentence in (
         (str(tmp_path / "none"), [], "There is no folder"),
         (str(tmp_path), [], "is not the output folder of a run"),
         (changed({}, "python"), [], "was started from Python"),
         (changed({"streaming": True}, "stream"), [], "reads a stream"),
-        (str(empty), [], "has no sound checkpoint"),
+        (str(empty), [], "has no sound checkpoint to continue from. They were removed, are damaged, or none was saved"),
+        (str(diverged), [], "continue from. The loss of its last update was not finite"),
         (str(run), ["--checkpoint", "update-1"], "there is no such folder. The run has: update-00000013"),
         (str(run), [], "`share` is 0.05, which is 2 of the run's 52 rows"),
         (str(run), ["--seeds", "1"], "`seeds` must be an integer of 2 or more"),
@@ -484,7 +540,7 @@ def contents(folder: Path) -> dict[str, str]:
     [
         ((), "0.7", "validation loss"),
         (("--lora", "--optimizer", "adamw", "--max_updates", "18"), "0.5", "validation loss"),
-        (("--validation_split", "0", "--max_updates", "1", "--n_epochs", "1"), "0.8", "loss on held-out rows"),
+        (("--validation_split", "0", "--max_updates", "10"), "0.8", "training loss on rows that no branch trains on"),
         (("--sampler", "balanced", "--lr_scheduler", "cosine"), "0.7", "validation loss"),
     ],
 )

@@ -1,6 +1,7 @@
 """Run a check: print its cost, train its branches, and print what they say."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, SettingsError
-from ...runtime.accelerator import is_first_process
+from ...runtime.accelerator import check_processes, is_first_process, launched_state
 from ...runtime.atomic_files import atomic_write
 from ...runtime.run_dir import RunDir
 from .branch import Branches
@@ -35,11 +36,12 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
         SettingsError: if the run cannot be branched, before any training.
         DataError: if its rows cannot be read.
     """
+    check_processes(launched_state().num_processes)
     run = RecordedRun.read(folder, options.checkpoint)
     experiment = run.experiment(options.share, options.seeds)
     size = run.run_with["batch_size"] if options.batch_size is None else options.batch_size
     is_main, shows = is_first_process(), runtime["verbosity"] != "quiet"
-    with _locked(folder, needed=is_main):
+    with _locked(folder, needed=is_main), _working_folder(run):
         branches = Branches.load(run, experiment, runtime | {"batch_size": size})
         if is_main:
             print(describe(run, experiment, branches, size), flush=True)
@@ -105,6 +107,29 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
 def _passes(experiment: Experiment, cell: Cell, batch_size: int) -> int:
     """Return about how many forward and backward passes a branch takes, on all processes together."""
     return experiment.updates(cell) * -(-experiment.size(cell) // batch_size)
+
+
+@contextmanager
+def _working_folder(run: RecordedRun) -> Iterator[None]:
+    """Work in the folder that the run was started in, from which its relative paths start.
+
+    Raises:
+        SettingsError: if it no longer exists.
+    """
+    here, there = Path.cwd(), Path(run.record.directory)
+    if not there.is_dir():
+        raise SettingsError(
+            [
+                f"The run in {str(run.folder)!r} was started in the folder {str(there)!r}, which does not exist here. "
+                "Its model and its data may be named by paths that start there. Give `directory` in its run.json the "
+                "folder that now has them."
+            ]
+        )
+    os.chdir(there)  # an older version recorded no folder, and Path("") is the current one
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """A run of `ftaccum train` as its folder records it: the command, and a checkpoint to continue from."""
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +12,11 @@ from ...arguments import read_settings
 from ...checkpoint.directory import CheckpointDirectory
 from ...checkpoint.format import Checkpoint
 from ...checkpoint.manifest import damage
-from ...errors import SettingsError
+from ...errors import DataError, SettingsError
 from ...runtime.run_dir import RunDir
 from ...settings.recipe import SIZES, Recipe
 from ...tasks.arguments import TrainArguments
+from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 from .experiment import Experiment, experiment_of, steady_rate
 
@@ -63,7 +66,7 @@ class RecordedRun:
                     "`ftaccum train` without `--streaming`."
                 ]
             )
-        return cls(folder, record, _open(_find(folder, checkpoint, record)))
+        return cls(folder, record, _open(_find(folder, checkpoint, record).absolute()))
 
     @property
     def named(self) -> TrainArguments:
@@ -151,8 +154,9 @@ def _find(folder: Path, checkpoint: str | None, record: RunRecord) -> Path:
     if checkpoint is None:
         newest, _ = CheckpointDirectory(checkpoints).newest_sound()
         if newest is None:
-            why = " It kept none, because `keep_checkpoints` was 0." if not record.keep_checkpoints else ""
-            raise SettingsError([f"The run in {str(folder)!r} has no sound checkpoint to continue from.{why}"])
+            raise SettingsError(
+                [f"The run in {str(folder)!r} has no sound checkpoint to continue from. {_why_none(folder, record)}"]
+            )
         return newest
     named = next((path for path in (checkpoints / checkpoint, Path(checkpoint).expanduser()) if path.is_dir()), None)
     if named is None:
@@ -161,6 +165,20 @@ def _find(folder: Path, checkpoint: str | None, record: RunRecord) -> Path:
     if wrong := damage(named):
         raise SettingsError([f"`checkpoint` is {checkpoint!r}, which is not a sound checkpoint: {wrong}."])
     return named
+
+
+def _why_none(folder: Path, record: RunRecord) -> str:
+    """Return a sentence on why a run has no sound checkpoint, and what helps."""
+    if not record.keep_checkpoints:
+        return "It kept none, because `keep_checkpoints` was 0."
+    with suppress(DataError):
+        result = Result.load(folder)
+        if not math.isfinite(result.loss_history[-1]):
+            return (
+                "The loss of its last update was not finite, and weights that are not finite are not kept. Find the "
+                "cause first, such as a too high learning rate, and train again."
+            )
+    return "They were removed, are damaged, or none was saved before the run ended. Train again."
 
 
 def _open(path: Path) -> Checkpoint:
