@@ -4,19 +4,20 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .format import format_duration, format_number, known
+from .loading import LISTED_LABELS
+from .markdown import code, escape
 from .noise_words import describe_scale, is_known
 from .run_metadata import Evaluation, Named, RunMetadata
 
 
 def results_section(metadata: RunMetadata) -> str:
     """Return the losses and metrics of the evaluations, and which weights are saved."""
-    parts = [_weights(metadata)]
-    if evaluations := metadata.evaluations():
-        parts.append(_evaluation_table(evaluations))
-    else:
-        loss = format_number(known(metadata.result["final_loss"]))
-        parts.append(f"Training loss of the last epoch: {loss}. There was no validation.")
-    return "\n\n".join(parts)
+    evaluations, result = metadata.evaluations(), metadata.result
+    losses = result["train_loss_history"] or [result["final_loss"]]
+    training = f"Training loss of the last epoch: {format_number(known(losses[-1]))}."
+    if not evaluations:
+        return f"{_weights(metadata)}\n\n{training} There was no validation."
+    return "\n\n".join([_weights(metadata), _evaluation_table(evaluations), training])
 
 
 def data_section(metadata: RunMetadata) -> str:
@@ -26,13 +27,17 @@ def data_section(metadata: RunMetadata) -> str:
         rows["Validation"] = (metadata.train_data, f"{_count(metadata.n_val)}, held out of the training data")
     elif metadata.n_val is not None:
         rows["Validation"] = (metadata.val_data, _count(metadata.n_val))
-    return _table(
+    table = _table(
         ("", "data", "rows"),
         [
             (name, ", ".join(map(_describe_data, data)) or "given in Python", count)
             for name, (data, count) in rows.items()
         ],
     )
+    if not metadata.labels or len(metadata.labels) > LISTED_LABELS:
+        return table
+    labels = ", ".join(f"{number} {code(name)}" for number, name in sorted(metadata.labels.items()))
+    return f"{table}\n\nLabels by number: {labels}."
 
 
 def training_section(metadata: RunMetadata) -> str:
@@ -85,7 +90,8 @@ def _audits(audits: Sequence[Mapping[str, float]]) -> str:
 def _weights(metadata: RunMetadata) -> str:
     restored, result = metadata.result["restored_update"], metadata.result
     if restored is not None:
-        return f"The saved weights are those of the best evaluation by {metadata.criterion}, after update {restored}."
+        by = escape(metadata.criterion)
+        return f"The saved weights are those of the best evaluation by {by}, after update {restored}."
     return f"The saved weights are those after the last update, {result['optimizer_steps'] + result['skipped_steps']}."
 
 
@@ -100,13 +106,13 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
         )
         for each in evaluations
     ]
-    return _table(("evaluation", "update", "validation loss", *metrics), rows)
+    return _table(("evaluation", "update", "validation loss", *map(escape, metrics)), rows)
 
 
 def _describe_data(data: Named) -> str:
     config = f", configuration {data.config}" if data.config else ""
     split = f", split {data.split}" if data.on_hub and data.split else ""
-    return f"`{data.name}`{config}{split}"
+    return f"{code(data.name)}{config}{split}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

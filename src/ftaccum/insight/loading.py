@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .markdown import code
 from .run_metadata import Named
 
 # Inputs of the pipelines that read text. Other tasks have no pipeline, or none for a text.
@@ -14,7 +15,7 @@ _INPUTS = {
 }
 _CHAT = '[{"role": "user", "content": "Replace this with your question."}], max_new_tokens=20'
 _PIPELINES = {*_INPUTS, "image-classification"}
-_LISTED = 20  # labels; more than these are left to the configuration
+LISTED_LABELS = 20  # labels; more than these are left to the configuration
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def _of_base(base: Named | None) -> str:
     if base is None:
         return "Build the base model `base` as for training, and load them into it."
     if base.on_hub:
-        return f"They are loaded with their base model, `{base.name}`."
-    return f"They need their base model, the folder `{base.name}`: give its path."
+        return f"They are loaded with their base model, {code(base.name)}."
+    return f"They need their base model, the folder {code(base.name)}: give its path."
 
 
 def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:
@@ -126,7 +127,7 @@ def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:
     if not labels:
         return []
     generic = all(name == f"LABEL_{number}" for number, name in labels.items())
-    given = f"num_labels={len(labels)}" if generic or len(labels) > _LISTED else f"id2label={dict(labels)!r}"
+    given = f"num_labels={len(labels)}" if generic or len(labels) > LISTED_LABELS else f"id2label={dict(labels)!r}"
     return [given, "ignore_mismatched_sizes=True"]  # the adapters have the head
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -59,6 +59,7 @@ class RunMetadata:
         versions: versions of packages, by name.
         device: the kind of device.
         ended_by: why the run ended early, as a sentence; empty if it did not.
+        labels: the names of the labels by number, if the user gave them names.
     """
 
     name: str
@@ -79,6 +80,7 @@ class RunMetadata:
     versions: Mapping[str, str]
     device: str
     ended_by: str = ""
+    labels: Mapping[int, str] = field(default_factory=dict)
 
     def evaluations(self) -> list[Evaluation]:
         """Return the evaluation before training, and the best and the last one; those that are the same only once."""
@@ -105,7 +107,12 @@ class RunMetadata:
 
 
 def public_name(path: str) -> str:
-    """Return the last component of a path; "model" if there is none, or if it is the name of the user's home folder."""
+    """Return the last component of a path; "model" if there is none, or if it is the name of the user's home folder.
+
+    Of an address, it leaves out the query and the fragment, which may have a token, and credentials before the host.
+    """
+    if "://" in path:
+        path = _path_of(path)
     last = (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
     return last if last.strip(".~") and last != _home() else "model"
 
@@ -119,6 +126,13 @@ def named_model(name: str | None) -> Named | None:
     if is_repository_name(name) and not Path(name).exists():
         return Named(name, on_hub=True)
     return Named(public_name(name))
+
+
+def _path_of(address: str) -> str:
+    """Return the path of an address, or else its host. Of a chain such as "zip://a.csv::s3://data/a.zip", the first."""
+    first = next(part for part in address.split("::") if "://" in part)
+    host, _, path = re.split(r"[?#;]", first.partition("://")[2], maxsplit=1)[0].partition("/")
+    return path.rstrip("/") or host.rpartition("@")[2]
 
 
 def _home() -> str | None:

@@ -14,8 +14,8 @@ from ..tracking.result import Result
 from .adapter_summary import summarize_adapters
 from .build_identity import software_versions
 from .build_plan import summarize_micro_batches
-from .named_sources import base_model, training_data, validation_data
-from .rates import summarize_optimizer
+from .named_sources import training_data, validation_data
+from .rates import decays_matrices_only, summarize_optimizer
 
 if TYPE_CHECKING:
     from .build_outputs import RunWithOutputs
@@ -41,7 +41,7 @@ def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -
 
 
 def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata:
-    components, data, base = run.config.components, run.data, base_model(run.config)
+    components, data, base = run.config.components, run.data, run.base
     knows_lengths = data.train.knows_lengths
     cut = summarize_micro_batches(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)
@@ -64,6 +64,7 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
         versions=software_versions(run.model),
         device=device_name(run.accelerator.device),
         ended_by=ended_by or (run.best.describe_stop() if run.best.stops else ""),
+        labels=_labels(run.model),
     )
 
 
@@ -81,10 +82,10 @@ def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
     options: Any = recipe.lr_scheduler_kwargs  # the settings have parsed it
     adapters = summarize_adapters(run.model)
     dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in run.model.parameters()}))
-    clip = recipe.gradient_clip_norm
+    clip, spares = recipe.gradient_clip_norm, decays_matrices_only(run.optimizer)
     warmup = f", warm-up of {run.n_warmup} {'update' if run.n_warmup == 1 else 'updates'}" if run.n_warmup else ""
     return {
-        "Optimizer": str(summarize_optimizer(run.optimizer)),
+        "Optimizer": f"{summarize_optimizer(run.optimizer)}{' for biases and norms' if spares else ''}",
         "Schedule": f"{_schedule(recipe.lr_scheduler, options)}{warmup}",
         "Gradient clipping": "none" if clip is None else f"norm {clip:g}",
         "Epochs": str(plan.n_epochs),
@@ -92,6 +93,13 @@ def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
         "Precision": _PRECISIONS[run.accelerator.mixed_precision].format(weights=dtypes),
         **({} if adapters is None else {"Adapters": str(adapters)}),
     }
+
+
+def _labels(model: Any) -> Mapping[int, str]:
+    """Return the names of a model's labels by number; none if they only have the names that Transformers gives them."""
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    named = {int(number): str(name) for number, name in labels.items()}
+    return {} if all(name == f"LABEL_{number}" for number, name in named.items()) else named
 
 
 def _schedule(name: str, options: Mapping[str, Any] | None) -> str:

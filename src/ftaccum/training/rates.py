@@ -119,6 +119,21 @@ def summarize_optimizer(optimizer: Optimizer) -> OptimizerSummary:
     )
 
 
+def decays_matrices_only(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer has one weight decay for matrices, and 0 for the parameters of fewer dimensions.
+
+    These are biases, scales of norms and the like.
+    """
+    groups = [
+        (group["weight_decay"], group["params"])
+        for group in optimizer.param_groups
+        if group.get("weight_decay") is not None
+    ]
+    of_vectors = {decay for decay, params in groups for p in params if p.ndim < 2}
+    of_matrices = {decay for decay, params in groups for p in params if p.ndim >= 2}
+    return of_vectors == {0} and len(of_matrices) == 1 and of_matrices != {0}
+
+
 def peak_rates(optimizer: Optimizer) -> list[float | None]:
     """Return the peak learning rate of each group; None for a group whose rate the optimizer computes."""
     return [None if sets_its_own(group) else float(group["lr"]) for group in optimizer.param_groups]
