@@ -217,6 +217,24 @@ def test_a_few_rows_are_the_rarest_and_the_most_common_ones(monkeypatch: pytest.
     assert [micro.batch[1].sum().item() for micro in sample.load()] == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_both_micro_batches_of_a_few_rows_have_loss_items(batch_size: int) -> None:
+    rows = [{**row, "labels": row["input_ids"] if n % 4 else len(row["input_ids"]) * [-100]}
+            for n, row in enumerate(LLAMA.rows(32))]  # fmt: skip
+    arguments: dict[str, Any] = {
+        "train_data": rows, "batch_size": batch_size, "effective_batch_size": 16, "n_epochs": 1,
+        "validation_split": 0.0, "progress": False, "on_inexact": "ignore",
+    }  # fmt: skip
+    exact = test_fine_tuning(LLAMA.model().double(), **arguments)
+    wrong = test_fine_tuning(
+        LLAMA.model().double(),
+        count_items=lambda batch: int((batch["labels"] != -100).any(1).sum()),
+        **arguments,
+    )
+    assert 0 < exact.audits[0]["error"] < 1e-6
+    assert wrong.audits[0]["error"] > 1e-3
+
+
 def test_audits_of_every_nth_update_take_whole_windows_after_the_first() -> None:
     assert rows_of_audits(audit=2) == [(1, 3), (3, 12)]
 

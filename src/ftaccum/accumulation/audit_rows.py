@@ -1,12 +1,14 @@
 """Samples of rows that can be loaded again, cut as the loop's planner cuts them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from ..data.batches import can_be_taken_apart, take
 from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
+from ..objective.item_counts import Batch
+from ..objective.normalizer import Counts
 from ..planning.audit_schedule import AuditSize
 from ..planning.base_plan import Window
 from ..planning.micro_batches import MicroBatchRows, RowIndices
@@ -39,24 +41,34 @@ class AuditRows:
         return cls(rows, by_process, (window_loader.plan.seed, window.index), window_loader)
 
     @classmethod
-    def few(cls, own: Sequence[MicroBatch], window: Window, window_loader: WindowLoader) -> "AuditRows":
+    def few(
+        cls,
+        own: Sequence[MicroBatch],
+        window: Window,
+        window_loader: WindowLoader,
+        has_items: Callable[[Batch], bool],
+    ) -> "AuditRows":
         """Take a few short rows of a window, in two micro-batches of unequal size where the limits allow that.
 
-        All processes must call it.
+        One of the rows has no loss items, if there is such a row. All processes must call it.
 
         Args:
             own: this process's micro-batches, without dummies.
+            has_items: returns whether a batch has loss items.
         """
-        process_group, planner = window_loader.process_group, window_loader.planner
+        process_group, planner, loader = window_loader.process_group, window_loader.planner, window_loader.loader
         candidates = set(choose_part(_pieces(own), _CANDIDATES, process_group))
         rows = [row for micro in own if micro.slice.rows in candidates for row in _single_rows(micro)]
+        empty = choose_part([row for row in rows if not has_items(row.batch)], 1, process_group)
         most = min(_LARGEST, planner.limits.rows or _LARGEST)
-        chosen = _rows_of(choose_part(rows, most + 1, process_group))
-        if len(chosen) < 2:
+        counted = [row for row in rows if has_items(row.batch)]
+        with_items = choose_part(counted, most + 1 - len(empty) if most > 1 else 2, process_group)
+        if len(with_items) < 2:
             return cls.of(window.rows, window, window_loader)
+        # A row without loss items comes first, into the large micro-batch: both micro-batches must have some.
+        chosen = _rows_of([*empty, *with_items] if most > 1 else with_items)
         limits = replace(planner.limits, rows=min(most, len(chosen) - 1))
-        # The most common row comes last, into the small micro-batch, since the rarest ones may have no loss items.
-        by_process = window_loader.loader.cut(chosen, replace(planner, limits=limits, costs=None, n_passes=None))
+        by_process = loader.cut(chosen, replace(planner, limits=limits, costs=None, n_passes=None))
         return cls(chosen, by_process, (window_loader.plan.seed, window.index), window_loader)
 
     @property
@@ -96,14 +108,26 @@ class AuditRows:
         return MicroBatchRows.of(self.rows, places)
 
 
-def audited_window(local_window: LocalWindow, window_loader: WindowLoader) -> AuditedWindow:
-    """Return a window of the training loop as audits see it."""
+def audited_window(
+    local_window: LocalWindow, window_loader: WindowLoader, count: Callable[[Batch], Counts]
+) -> AuditedWindow:
+    """Return a window of the training loop as audits see it.
+
+    Args:
+        count: counts the loss items of a batch.
+    """
     window = local_window.window
     own = [micro for micro in local_window.micro_batches if not micro.is_dummy]
 
+    def has_items(batch: Batch) -> bool:
+        try:
+            return any(count(batch).values())
+        except Exception:  # `count_items` may only know batches as the collator makes them
+            return True
+
     def sample(size: AuditSize) -> AuditRows:
         if size is AuditSize.FEW_ROWS:
-            return AuditRows.few(own, window, window_loader)
+            return AuditRows.few(own, window, window_loader, has_items)
         return AuditRows.of(window.rows, window, window_loader)
 
     return AuditedWindow(window.index + 1, window.epoch, local_window.micro_batches, sample)

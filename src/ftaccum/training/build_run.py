@@ -211,7 +211,7 @@ class TrainingSetup(OptimizedRun):
 
     def audited_window(self, window: LocalWindow) -> AuditedWindow:
         """Return a window as audits see it."""
-        return audited_window(window, self.window_loader)
+        return audited_window(window, self.window_loader, self.data.objective.count)
 
     @cached_property
     def criterion(self) -> Criterion:
