@@ -368,15 +368,17 @@ def test_relative_paths_start_in_the_folder_of_the_command(
     record = json.loads((run / "run.json").read_text())
     assert record["directory"] == str(Path.cwd())
     shutil.copytree(run, tmp_path / "run")
-    save_rows(tmp_path / "rows.jsonl", ROWS[1:])  # a file of the same name, which is another one
+    save_rows(tmp_path / "other.jsonl", ROWS[1:])
+    (tmp_path / "other.jsonl").rename(tmp_path / "rows.jsonl")  # a file of the same name, which is another one
     monkeypatch.chdir(tmp_path)
-    sources = record["sources"] | {"train_data": "rows.jsonl", "model": "encoder"}
-    for directory, status, said in (
-        (str(run.parent), 0, "Cost:"),
-        ("", 2, "encoder"),
-        (str(tmp_path / "gone"), 2, f"was started in the folder '{tmp_path / 'gone'}', which does not exist here"),
+    data = {"train_data": "rows.jsonl"}
+    for directory, sources, status, said in (
+        (str(run.parent), data | {"model": "encoder"}, 0, "Cost:"),
+        ("", data, 2, "now has 35 training rows, but the run in 'run' trained on 36."),
+        ("", data, 2, "start this command in the folder where the run was started."),
+        (str(tmp_path / "gone"), data, 2, f"was started in the folder '{tmp_path / 'gone'}', which does not exist"),
     ):
-        changed = record | {"directory": directory, "sources": sources}
+        changed = record | {"directory": directory, "sources": record["sources"] | sources}
         (tmp_path / "run" / "run.json").write_text(json.dumps(changed))
         assert main(["advise", "run", "--check", "--share", "0.7", "--json", "found.json"]) == status
         assert said in "".join(capsys.readouterr())

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError, SettingsError
+from ...errors import CheckpointError, DataError, SettingsError
 from ...runtime.accelerator import check_processes, is_first_process, launched_state
 from ...runtime.atomic_files import atomic_write
 from ...runtime.run_dir import RunDir
@@ -21,6 +21,7 @@ from .statistics import Outcome, as_json, intervals_of, rows_of, table, verdict
 # Time of a forward pass / time of a forward and a backward pass. The backward pass has about twice the operations of
 # the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 _EVALUATION = 1 / 3
+_UNKNOWN_FOLDER = "If a path of the run is relative, start this command in the folder where the run was started."
 _CAVEATS = (
     "This compares batches at equal rows, near one checkpoint and at constant rates. docs/noise_scale.md says what "
     "that leaves out."
@@ -115,6 +116,7 @@ def _working_folder(run: RecordedRun) -> Iterator[None]:
 
     Raises:
         SettingsError: if it no longer exists.
+        DataError, SettingsError: those of the block, with a hint if the folder is not known.
     """
     here, there = Path.cwd(), Path(run.record.directory)
     if not there.is_dir():
@@ -128,6 +130,11 @@ def _working_folder(run: RecordedRun) -> Iterator[None]:
     os.chdir(there)  # an older version recorded no folder, and Path("") is the current one
     try:
         yield
+    except (DataError, SettingsError) as error:
+        if run.record.directory:
+            raise
+        hinted = f"{error} {_UNKNOWN_FOLDER}"
+        raise (SettingsError([hinted]) if isinstance(error, SettingsError) else DataError(hinted)) from error
     finally:
         os.chdir(here)
 
