@@ -447,7 +447,7 @@ def of_another_version(folder: Path, what: str) -> None:
     ("what", "said"),
     [
         ("no files", "its manifest.json does not list buffers.safetensors"),
-        ("fields", "unexpected keyword argument 'hue'. Another version of ftaccum may have written it"),
+        ("fields", r"unknown names \['hue'\]. Another version of ftaccum may have written it"),
         ("format", f"its format is 1 instead of {FORMAT}"),
     ],
 )

@@ -99,6 +99,8 @@ def test_the_metadata_are_those_of_the_run(tmp_path: Path) -> None:
     )
     assert (data.tags, data.datasets, data.metrics) == (["ftaccum"], ["anna/reviews"], ["accuracy"])
     assert data.model_name == "reviews"
+    before = f"| before training | 0 | {result.initial_loss:.4f} | {result.initial_metrics['accuracy']:.4f} |"
+    assert before in card(tmp_path / "reviews" / "model").text
     found = {each.metric_type: each.metric_value for each in data.eval_results}
     assert found == {"loss": result.final_loss, **result.metrics[-1]}
     assert {(each.task_type, each.dataset_type) for each in data.eval_results} == {
@@ -111,7 +113,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     found, text = table(tmp_path / "model"), card(tmp_path / "model").text
     assert (found["Training"], found["Batch size"], found["Gradient accumulation steps"]) == ("9", "3", "2")
     assert (found["Effective batch size"], found["Updates"], found["Gradient clipping"]) == ("6", "2", "none")
-    assert found["Optimizer"] == "AdamW, learning rate 0.0003, weight decay 0.01 and 0 for biases and norms"
+    assert (found["Optimizer"], found["Peak learning rate"]) == ("AdamW, betas 0.9 and 0.999", "0.0003")
+    assert found["Weight decay"] == "0.01, 0 for biases and norms"
     assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
@@ -154,6 +157,7 @@ def test_the_code_loads_a_model_with_its_tokenizer(tmp_path: Path, monkeypatch: 
     write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     text_run(tmp_path / "base", tmp_path / "run").save_model("again")
+    assert "Labels: 0 `bad`, 1 `good`, 2 `other`." in card(tmp_path / "run" / "model").text
     for folder in (tmp_path / "run" / "model", tmp_path / "again"):
         monkeypatch.chdir(folder.parent)
         names: dict[str, Any] = {}
@@ -246,12 +250,14 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pyt
         "--lora",
         "--audit",
         "no",
+        "--max_train_rows",
+        "4",
     ]
     assert main(["train", *given, "--save", "both", "--output_dir", str(home), "--verbosity", "quiet"]) == 0
     for kind in ("model", "adapter"):
         text = (home / kind / "README.md").read_text()
         assert all(word not in text for word in (str(tmp_path), "anna", "secret"))
-        assert "`rows.csv`" in text
+        assert "| Training | `rows.csv` | 3 of the first 4 |" in text
         assert "`base`" in text
 
 
@@ -356,7 +362,7 @@ def test_names_of_metrics_and_labels_are_shown_as_they_are(tmp_path: Path) -> No
     heads = r"a\|b | \<b\>x\</b\> | \$a\$\_b | \*x\* \`y\` | eval_f1 | nul\[3m |"
     assert f"validation loss | {heads}" in text
     assert f"| before training | 0 | {result.initial_loss:.4f} | 0.5000 | 0.2500 " in text
-    assert "Labels by number: 0 `neg|'x'`, 1 `pos --- foo: bar`." in text
+    assert "Labels: 0 `neg|'x'`, 1 `pos --- foo: bar`." in text
     assert "\x00" not in page("nul \x00", ["<p>\x1b</p>"]) + text
 
 

@@ -24,7 +24,7 @@ from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.settings.runtime import Runtime
-from ftaccum.tracking.ledger import Ledger
+from ftaccum.tracking.ledger_file import LedgerFile
 from ftaccum.tracking.run_record import RunRecord
 from ftaccum.training.build_noise import build_measured_windows
 from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch_gradient
@@ -122,7 +122,7 @@ def noise_entries(name: str, folder: Path, **arguments: Any) -> list[Any]:
             optimizer=RecordingOptimizer(model), output_dir=str(folder),
             **MEASURED | {"effective_batch_size": 20, "batch_size": 4} | arguments,
         )  # fmt: skip
-    return Ledger.read(folder / "ledger.jsonl").noise_scales
+    return LedgerFile.read(folder / "ledger.jsonl").ledger.noise_scales
 
 
 @pytest.mark.parametrize("name", [RAGGED, CLASSES])
@@ -176,10 +176,10 @@ def test_measuring_changes_no_update(way: str, tmp_path: Path) -> None:
     measured = trained(name, size, lambda model: limited(model, most), output_dir=str(tmp_path), **given)
     assert difference(without, measured) < 1e-9
     assert (measured[1].out_of_memory > 0) == (most < 16)
-    entries = Ledger.read(tmp_path / "ledger.jsonl").noise_scales
+    entries = LedgerFile.read(tmp_path / "ledger.jsonl").ledger.noise_scales
     whole = trained(name, 16, output_dir=str(tmp_path / "whole"), **MEASURED)
     assert difference(without, whole) < 1e-9
-    wanted = Ledger.read(tmp_path / "whole" / "ledger.jsonl").noise_scales
+    wanted = LedgerFile.read(tmp_path / "whole" / "ledger.jsonl").ledger.noise_scales
     assert [entry.noise_scale for entry in entries] == [1, 3]  # of 16, 15, 16 and 15 rows
     for entry, same in zip(entries, wanted, strict=True):
         assert (entry.agreement, entry.power) == pytest.approx((same.agreement, same.power), rel=1e-9)
@@ -189,7 +189,7 @@ def test_measuring_changes_no_update(way: str, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_two_processes_measure_the_same(two_processes: Callable[..., str], tmp_path: Path) -> None:
     runs = {name: trained(name, 16, output_dir=str(tmp_path / name), **MEASURED) for name in (RAGGED, CLASSES)}
-    known = {name: Ledger.read(tmp_path / name / "ledger.jsonl").noise_scales for name in runs}
+    known = {name: LedgerFile.read(tmp_path / name / "ledger.jsonl").ledger.noise_scales for name in runs}
     torch.save((runs, known), tmp_path / "alone.pt")
     printed = two_processes("noise_of_two.py", str(tmp_path / "alone.pt"), str(tmp_path / "two"))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
@@ -230,7 +230,7 @@ def test_the_estimate_is_in_the_result_the_table_and_the_trackers(tmp_path: Path
     assert str(loaded)
     names = ("signal_share_lower", "signal_share_upper", "noise_rows_lower", "agreement", "power")
     assert {f"noise_scale/{name}" for name in names} <= tracker.values.keys()
-    entry = Ledger.read(tmp_path / "ledger.jsonl").noise_scales[-1]
+    entry = LedgerFile.read(tmp_path / "ledger.jsonl").ledger.noise_scales[-1]
     assert entry.training_rows == 34
 
 

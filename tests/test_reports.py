@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ftaccum import Result, SettingsError
+from ftaccum import Result, SettingsError, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.apps.report import read_runs
 from ftaccum.insight.curves import Measured, NoiseScaleCurve, RunCurves, smooth, thin
 from ftaccum.insight.figures import figure_of, panel_figure, panels_of
 from ftaccum.insight.run_report import report_page
+from ftaccum.insight.style import COLORS, RUN_COLORS
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
+from ftaccum.tracking.run_curves import SOURCE_DEFAULTS
+from heads import HEADS
 
 RECORD: dict[str, Any] = {
     "recipe": {"learning_rate": 0.01, "gradient_clip_norm": 0.75, "random_seed": 42},
@@ -127,12 +131,14 @@ def test_a_report_compares_runs_and_needs_no_other_file(tmp_path: Path, capsys: 
     assert results["final validation loss"] == ["0.4167", "0.6250"]  # 2.5 / 6 and 2.5 / 4
     assert results["final f1"] == ["0.0600", "0.0400"]
     assert results["rows trained on"] == ["42", "29"]
-    assert results["peak memory"] == ["1.00 GiB", "–"]
+    assert results["peak memory"] == ["1.07 GB", "–"]
     assert results["clipped updates"] == ["100%", "–"]
     assert results["audits"] == ["1 of 1 exact, largest error 2e-07", "–"]
+    assert results["time of updates"] == ["15 s", "–"]  # six times two seconds, and an audit
+    assert results["run of"] == ["tiny, 2026-11-28"] * 2
     assert page.tables[1] == [["different", "one", "two & <b>"], ["learning_rate", "0.01", "0.5"]]
-    assert page.rows(2)["random_seed"] == ["42"]
-    assert page.tables[3][1] == ["torch", "2.13.0", "–"]
+    assert page.rows(3)["random_seed"] == ["42"]
+    assert page.tables[4][1] == ["torch", "2.13.0", "–"]
     assert list(page.figures) == [
         "Training loss", "Validation loss", "f1", "Gradient norm before clipping", "Learning rate", "Padding",
         "Throughput", "Time of updates",
@@ -165,12 +171,26 @@ def test_a_result_in_memory_has_the_curves_of_its_histories(tmp_path: Path) -> N
         "Training loss", "Validation loss", "f1", "Gradient norm before clipping", "Learning rate",
     ]  # fmt: skip
     np.testing.assert_array_equal(found["Training loss"][0][:, 0], np.arange(1, 7))  # the rows are not known
-    np.testing.assert_array_equal(found["Validation loss"][0][:, 0], [2, 4, 6])
+    np.testing.assert_array_equal(found["Validation loss"][0].T, [[0, 2, 4, 6], [3, 1.25, 2.5 / 4, 2.5 / 6]])
+    np.testing.assert_array_equal(found["f1"][0].T, [[0, 2, 4, 6], [0.25, 0.02, 0.04, 0.06]])
     with pytest.raises(SettingsError, match="`path` is None, but the run had no `output_dir`"):
         result.report()
     assert "0.4167" in result.report(tmp_path / "page.html").read_text()
     assert replace(result, output_dir=str(tmp_path / "new")).report() == tmp_path / "new" / "report.html"
     assert (tmp_path / "new" / "report.html").exists()
+
+
+def test_a_run_without_a_folder_is_reported_from_memory(tmp_path: Path) -> None:
+    head = HEADS["sequence classification, BERT"]
+    data: dict[str, Any] = {"train_data": head.rows(8), "val_data": head.rows(3)}
+    result = test_fine_tuning(head.model().float(), **data, n_epochs=1, batch_size=2, audit=False, verbosity="quiet")
+    found = lines(result.plot())
+    assert {"Validation loss", "Throughput", "Time of updates"} <= found.keys()
+    assert len(found["Gradient norm before clipping"]) == 2  # the norms and the limit
+    page = Page(result.report(tmp_path / "page.html").read_text())
+    assert "<h1>Fine-tuning run</h1>" in page.text
+    assert "8 training rows" in page.text
+    assert "torch" in page.rows(3)
 
 
 def test_a_folder_that_has_another_run_by_now_is_not_read(tmp_path: Path) -> None:
@@ -238,11 +258,11 @@ def test_the_page_of_a_long_run_is_small() -> None:
     [
         ([], "RUN is required: the output folders of runs"),
         (["--axes", "rows", "run"], "There is no option '--axes'"),
-        (["missing"], "'missing' is not a folder. Give the `output_dir` of a run."),
-        (["empty"], "'empty' is not the output folder of a run: it has no `ledger.jsonl` and no `result.json`."),
+        (["missing"], "There is no folder 'missing'. Give the output folder of a run."),
+        (["empty"], "'empty' has no `result.json` and no `run.json`, so it is not the output folder of a run."),
         (["search"], "It is that of a search, which has written its own `report.html`."),
         (["begun"], "The run in 'begun' has not completed an update yet"),
-        (["unknown"], "'unknown' has a ledger, but no `result.json` and no `run.json`"),
+        (["unknown"], "'unknown' has no `result.json` and no `run.json`"),
         (["run", "--output", "no/page.html"], "`--output` 'no/page.html' is in a folder that does not exist."),
         (["run", "--axis", "time"], "`axis` must be 'rows' or 'updates' or None, but is 'time' instead."),
         (["result", "--axis", "rows"], "`--axis` is 'rows', but there is no ledger of 'result'"),
@@ -289,3 +309,60 @@ def test_a_plot_leaves_the_style_of_the_user() -> None:
         report_page([run])
         assert dict(matplotlib.rcParams) == before
         assert figure_of(run).axes[0].title.get_color() == "red"
+
+
+def test_runs_of_different_scale_share_a_logarithmic_axis() -> None:
+    fast, slow = (
+        RunCurves(
+            name, [1.0] * 4, [1.0] * 4, [0.0, rate, rate, rate], [4, 8, 12, 16], speed=[speed] * 4, speed_unit="rows"
+        )
+        for name, rate, speed in (("fast", 1e-2, 9e3), ("slow", 1e-5, 5.0))
+    )
+    for runs, kind in (([fast, slow], "log"), ([fast], "linear")):
+        panels = {panel.title: panel for panel in panels_of(runs)}
+        drawn = [panel_figure(panels[title], runs, "updates").axes[0] for title in ("Learning rate", "Throughput")]
+        assert [axes.get_yscale() for axes in drawn] == [kind, kind]
+
+
+def test_settings_that_are_not_at_their_defaults_come_first(tmp_path: Path) -> None:
+    recipe = {"learning_rate": 0.5, "gradient_clip_norm": None, "n_epochs": 3, "adam_beta1": None}
+    (run,) = read_runs([str(write_run(tmp_path / "run", recipe=recipe))])
+    page = Page(report_page([run]))
+    assert list(page.rows(1)) == [
+        "model", "batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_processes",
+        "learning_rate", "gradient_clip_norm",
+    ]  # fmt: skip
+    assert page.rows(2)["n_epochs"] == ["3"]
+    assert "adam_beta1" not in page.rows(2)
+
+
+def test_a_report_says_why_figures_are_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", old=True)
+    result = Result.load(run)
+    result.report()
+    assert "Time of updates. Reason: an older version wrote the ledger" in (run / "report.html").read_text()
+    whole = (run / "ledger.jsonl").read_text()
+    (run / "ledger.jsonl").write_text(whole[: len(whole) // 2])
+    result.report()
+    assert "Reason: the ledger is damaged at line " in (run / "report.html").read_text()
+    (run / "ledger.jsonl").unlink()
+    result.report()
+    assert "Reason: the folder of the run has no `ledger.jsonl`." in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_colors_of_curves_and_bars_differ_from_the_page(theme: int) -> None:
+    def luminance(color: str) -> float:
+        shares = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    page = luminance(COLORS["page"][theme])
+    for color in RUN_COLORS:
+        low, high = sorted((page, luminance(color[theme])))
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_the_defaults_of_the_command_line_are_known() -> None:
+    values = {f.name: f.default for f in fields(TrainArguments) if f.name not in ("model", "train_data", "task")}
+    assert {name: value for name, value in values.items() if value} == SOURCE_DEFAULTS

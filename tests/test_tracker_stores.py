@@ -14,6 +14,7 @@ import pytest
 
 from ftaccum import test_fine_tuning
 from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
+from ftaccum.tracking.ledger_file import LedgerFile
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -31,7 +32,7 @@ def trained(folder: Path, tracker: Any, **arguments: Any) -> Ledger:
         batch_size=2, effective_batch_size=4, compute_metrics=metrics, log_with=tracker, log_every=3, audit=2,
         progress=False, output_dir=str(folder), **arguments,
     )  # fmt: skip
-    return Ledger.read(folder / "ledger.jsonl")
+    return LedgerFile.read(folder / "ledger.jsonl").ledger
 
 
 def expected(ledger: Ledger, n_processes: int = 1) -> Stored:
@@ -107,7 +108,7 @@ def test_the_main_process_stores_the_run_of_two(
     printed = two_processes("trackers_of_two.py", str(tmp_path / "run"), ",".join(names))
     started = json.loads(next(line for line in printed.splitlines() if line.startswith("STARTED"))[len("STARTED") :])
     assert [sorted(names), []] == [sorted(each) for each in started]
-    ledger, folder = Ledger.read(tmp_path / "run" / "ledger.jsonl"), tmp_path / "run" / "trackers" / "1"
+    ledger, folder = LedgerFile.read(tmp_path / "run" / "ledger.jsonl").ledger, tmp_path / "run" / "trackers" / "1"
     check(stored_in_tensorboard(folder / "ftaccum"), ledger, rel=1e-6, n_processes=2)
     if "wandb" in names:
         assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1

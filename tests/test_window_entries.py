@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from ftaccum import test_fine_tuning
 from ftaccum.runtime.device_state import is_idle, peak_memory
-from ftaccum.tracking.ledger import Entry, Ledger, WindowEntry
+from ftaccum.tracking.ledger import Entry, WindowEntry
+from ftaccum.tracking.ledger_file import LedgerFile
 from ftaccum.tracking.phase_timer import PhaseTimer
 from heads import HEADS, all_in_float64
 from test_nonfinite import Normed, points, run
@@ -62,7 +63,7 @@ def trained(folder: Path, n_rows: int = 11, **arguments: Any) -> tuple[list[Wind
             output_dir=str(folder), audit=False, progress=False, callbacks=[observer],
             **{"effective_batch_size": 6} | arguments,
         )  # fmt: skip
-    return Ledger.read(folder / "ledger.jsonl").windows, observer
+    return LedgerFile.read(folder / "ledger.jsonl").ledger.windows, observer
 
 
 def test_tokens_and_positions_are_those_of_the_rows_and_of_the_batches(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_times_are_those_of_their_phase_and_leave_out_audits_evaluations_and_cal
         effective_batch_size=6, optimizer=SlowSGD(model.parameters(), 0.1), audit=2, callbacks=[slow],
         output_dir=str(tmp_path), progress=False,
     )  # fmt: skip
-    windows = Ledger.read(tmp_path / "ledger.jsonl").windows
+    windows = LedgerFile.read(tmp_path / "ledger.jsonl").ledger.windows
     for window in windows:
         assert window.pass_seconds >= 3 * 0.004
         assert window.optimizer_seconds >= 0.006
@@ -175,7 +176,7 @@ def test_peak_memory_grows_to_that_of_the_process(tmp_path: Path) -> None:
 
 def test_a_window_without_a_finite_gradient_has_no_clip_coefficient(tmp_path: Path) -> None:
     run(Normed(), points(), output_dir=str(tmp_path), audit=False)
-    windows = Ledger.read(tmp_path / "ledger.jsonl").windows
+    windows = LedgerFile.read(tmp_path / "ledger.jsonl").ledger.windows
     assert [math.isnan(window.clip_coefficient) for window in windows] == [window.skipped for window in windows]
     assert [window.skipped for window in windows].count(True) == 1
 
@@ -185,7 +186,7 @@ def test_the_entries_of_earlier_versions_still_load(tmp_path: Path) -> None:
     path, new = tmp_path / "ledger.jsonl", r', "(tokens|positions|clip_coefficient|\w+_seconds|peak_memory)": [^,}]*'
     path.write_text(re.sub(new, "", path.read_text()))
     assert "tokens" not in json.loads(path.read_text().splitlines()[0])
-    first, *others = Ledger.read(path).windows
+    first, *others = LedgerFile.read(path).ledger.windows
     assert (len(others), first.rows, first.passes) == (3, 6, 3)
     assert (first.tokens, first.positions, first.peak_memory) == (0, 0, 0)
     assert all(map(math.isnan, (first.clip_coefficient, first.data_seconds, first.pass_seconds)))

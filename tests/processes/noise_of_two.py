@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ftaccum.tracking.ledger import Ledger
+from ftaccum.tracking.ledger_file import LedgerFile
 from invariance import difference, trained
 from running_out import limited
 from test_noise_measurements import CLASSES, MEASURED
@@ -28,7 +28,7 @@ def compare(name: str, way: str, size: int, most: int = 99) -> None:
     run = trained(name, size, lambda model: limited(model, limit), output_dir=str(folder), **MEASURED)
     assert run[1].num_processes == 2
     assert (run[1].out_of_memory > 0) == (most < 99)
-    entries = Ledger.read(folder / "ledger.jsonl").noise_scales
+    entries = LedgerFile.read(folder / "ledger.jsonl").ledger.noise_scales
     off = [
         max(abs(entry.agreement / same.agreement - 1), abs(entry.power / same.power - 1), entry.tokens != same.tokens)
         for entry, same in zip(entries, known[name], strict=True)

@@ -9,9 +9,9 @@ from typing import Annotated
 from ..errors import DataError, SettingsError
 from ..fields import Text, one_of, setting
 from ..insight.curves import RunCurves, axes_of
-from ..runtime.run_dir import RunDir
 from ..tracking.result import Result
 from ..tracking.run_curves import curves_of
+from .run_folder import find_fault
 
 _report = partial(setting, group="report")
 
@@ -58,24 +58,9 @@ def check_axis(axis: str | None, runs: Sequence[RunCurves]) -> None:
 
 
 def _read_run(path: Path, name: str) -> RunCurves:
-    run_dir = RunDir(path)
-    if not run_dir.ledger.is_file() and not run_dir.result.is_file():
-        raise DataError(_describe_other(path))
-    if not run_dir.result.is_file() and not run_dir.record.is_file():
-        raise DataError(
-            f"{str(path)!r} has a ledger, but no `result.json` and no `run.json`, one of which the report needs."
-        )
+    if fault := find_fault(path):
+        raise DataError(fault)
     return curves_of(Result.load(path), name, path)
-
-
-def _describe_other(path: Path) -> str:
-    """Return the message for a folder that is not that of a run."""
-    if not path.is_dir():
-        return f"{str(path)!r} is not a folder. Give the `output_dir` of a run."
-    problem = f"{str(path)!r} is not the output folder of a run: it has no `ledger.jsonl` and no `result.json`."
-    if (path / "trials").is_dir():
-        return f"{problem} It is that of a search, which has written its own `report.html`. Give folders in `trials`."
-    return f"{problem} Give the `output_dir` of a run."
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:

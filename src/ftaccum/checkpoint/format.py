@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..planning.base_plan import Progress
 from ..runtime.log import logger
-from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry, read_entry
+from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry
+from ..tracking.ledger_file import read_entry
 from .manifest import damage
 from .serialization import n_bytes_in
 from .shards import Shard

@@ -4,25 +4,27 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .format import format_duration, format_number, known
-from .loading import LISTED_LABELS
 from .markdown import code, escape
 from .noise_words import describe_scale, is_known
 from .run_metadata import Evaluation, Named, RunMetadata
 
+_LISTED = 50  # labels; more than these are left to the configuration
+
 
 def results_section(metadata: RunMetadata) -> str:
     """Return the losses and metrics of the evaluations, and which weights are saved."""
-    evaluations, result = metadata.evaluations(), metadata.result
-    losses = result["train_loss_history"] or [result["final_loss"]]
-    training = f"Training loss of the last epoch: {format_number(known(losses[-1]))}."
-    if not evaluations:
-        return f"{_weights(metadata)}\n\n{training} There was no validation."
-    return "\n\n".join([_weights(metadata), _evaluation_table(evaluations), training])
+    parts = [_weights(metadata)]
+    if evaluations := metadata.evaluations():
+        parts.append(_evaluation_table(evaluations))
+    losses = metadata.result["train_loss_history"]
+    loss = format_number(known(losses[-1]) if losses else None)
+    parts.append(f"Training loss of the last epoch: {loss}." + ("" if evaluations else " There was no validation."))
+    return "\n\n".join(parts)
 
 
-def data_section(metadata: RunMetadata) -> str:
-    """Return the names of the data and the numbers of rows."""
-    rows = {"Training": (metadata.train_data, _count(metadata.n_train))}
+def data_section(metadata: RunMetadata, classes: Mapping[int, str]) -> str:
+    """Return the names of the data, the numbers of rows, and the classes that the model distinguishes, by number."""
+    rows = {"Training": (metadata.train_data, _training_rows(metadata))}
     if metadata.held_out:
         rows["Validation"] = (metadata.train_data, f"{_count(metadata.n_val)}, held out of the training data")
     elif metadata.n_val is not None:
@@ -34,10 +36,9 @@ def data_section(metadata: RunMetadata) -> str:
             for name, (data, count) in rows.items()
         ],
     )
-    if not metadata.labels or len(metadata.labels) > LISTED_LABELS:
+    if not 1 < len(classes) <= _LISTED:
         return table
-    labels = ", ".join(f"{number} {code(name)}" for number, name in sorted(metadata.labels.items()))
-    return f"{table}\n\nLabels by number: {labels}."
+    return f"{table}\n\nLabels: {', '.join(f'{number} {code(name)}' for number, name in sorted(classes.items()))}."
 
 
 def training_section(metadata: RunMetadata) -> str:
@@ -107,6 +108,15 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
         for each in evaluations
     ]
     return _table(("evaluation", "update", "validation loss", *map(escape, metrics)), rows)
+
+
+def _training_rows(metadata: RunMetadata) -> str:
+    """Return the number of training rows, and of how many if `max_train_rows` has left out others."""
+    n_rows, most = metadata.n_train, metadata.max_train_rows
+    n_read = (n_rows or 0) + ((metadata.n_val or 0) if metadata.held_out else 0)
+    if most is None or n_read < most:
+        return _count(n_rows)
+    return f"the first {most:,}" if n_read == n_rows else f"{_count(n_rows)} of the first {most:,}"
 
 
 def _describe_data(data: Named) -> str:

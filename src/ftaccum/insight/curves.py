@@ -56,7 +56,7 @@ class RunCurves:
         speed, speed_unit: tokens or rows per second of each update.
         seconds: time of all updates by its use.
         gaps: why quantities are missing, by the names of these attributes.
-        outcome: the result, as names and texts.
+        outcome: the result, as names and texts; a text is empty if it is not known.
         settings: the settings of the run, by name.
         changed: the names of those that say most about the run, because they are not at their defaults.
         environment: versions and device, by name.

@@ -72,7 +72,7 @@ def panels_of(runs: Sequence[RunCurves]) -> list[Panel]:
             Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), name, reason)
             for name, title, reason in [
                 (VALIDATION_LOSS, "Validation loss", "there were no validation rows"),
-                *((name, name, "it was not measured") for name in metrics),
+                *((name, _shortened(name, 48), "it was not measured") for name in metrics),
             ]
         ),
         Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "grad_norm", "none is finite"),
@@ -182,7 +182,7 @@ def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis:
         found = run.evaluations[name]
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         marker = "o" if len(y) < 40 else ""
-        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3}
+        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3, "clip_on": False}
         axes.plot(*thin(x, y, max(200, _POINTS // len(runs))), linewidth=1.4, label=run.name, **style)
 
 
@@ -222,8 +222,9 @@ def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
             rows = thin(run.positions(axis), np.asarray(run.update_rows, dtype=float), 200)
             axes.plot(*rows, color=_color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
             has_rows = True
-    scale([known], axes)
-    axes.set_ylim(top=min(top, axes.get_ylim()[1]))
+    positive = known[known > 0]  # a lower end may be 0
+    bottom = max(1.0, positive.min()) / 1.5 if len(positive) and scale([positive], axes) else axes.get_ylim()[0]
+    axes.set_ylim(bottom, min(top, axes.get_ylim()[1]))
     axes.set_ylabel("rows")
     if has_rows:
         explain_line(axes, ":", "rows of an update")
@@ -279,5 +280,6 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small", frameon=False)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"
+def _shortened(name: str, length: int = 16) -> str:
+    end = length // 2
+    return name if len(name) <= length else f"{name[: length - end - 1]}…{name[-end:]}"

@@ -1,7 +1,7 @@
 """The code on a model card that loads the saved model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .markdown import code
 from .run_metadata import Named
@@ -15,7 +15,7 @@ _INPUTS = {
 }
 _CHAT = '[{"role": "user", "content": "Replace this with your question."}], max_new_tokens=20'
 _PIPELINES = {*_INPUTS, "image-classification"}
-LISTED_LABELS = 20  # labels; more than these are left to the configuration
+_LISTED = 20  # labels; more than these are left to the configuration
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class SavedModel:
         task: the task on the hub, such as "text-classification"; None if unknown.
         processor: the class of Transformers that loads the tokenizer or image processor; None if there is none.
         has_chat_template: whether the tokenizer has a chat template.
-        labels: the names of the labels by number, if the head of the base model may have others.
+        classes: the names of the labels by number; empty if the model is no classifier, or if nobody has named them.
+        labels: the same, if the head of the base model may have others.
         base: the base model of adapters, if it has a name.
         adapter: the kind of adapters, such as "lora"; empty if there are none.
         auto_peft: the class of PEFT that loads adapters and base model, if there is one.
@@ -43,6 +44,7 @@ class SavedModel:
     processor: str | None = None
     has_chat_template: bool = False
     labels: Mapping[int, str] | None = None
+    classes: Mapping[int, str] = field(default_factory=dict)
     base: Named | None = None
     adapter: str = ""
     auto_peft: str | None = None
@@ -127,7 +129,7 @@ def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:
     if not labels:
         return []
     generic = all(name == f"LABEL_{number}" for number, name in labels.items())
-    given = f"num_labels={len(labels)}" if generic or len(labels) > LISTED_LABELS else f"id2label={dict(labels)!r}"
+    given = f"num_labels={len(labels)}" if generic or len(labels) > _LISTED else f"id2label={dict(labels)!r}"
     return [given, "ignore_mismatched_sizes=True"]  # the adapters have the head
 
 

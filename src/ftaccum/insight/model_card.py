@@ -33,7 +33,7 @@ def model_card(metadata: RunMetadata, saved: SavedModel, folder: str) -> ModelCa
     sections = {
         _LOADING: loading_section(saved, place, is_repository=metadata.repository is not None),
         "Results": results_section(metadata),
-        "Data": data_section(metadata),
+        "Data": data_section(metadata, saved.classes),
         "Training": training_section(metadata),
         "Exactness of the gradient accumulation": exactness_section(metadata),
     }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -47,6 +47,7 @@ class RunMetadata:
         base: the model that was fine-tuned, if it has a name.
         train_data, val_data: the data, if they have names.
         n_train, n_val: numbers of rows; None if unknown, as for a stream, or if there are none.
+        max_train_rows: most rows that were read of the training data; None for all.
         held_out: whether the validation rows were held out of the training data.
         sizes: the sizes of an update, by name.
         cut: how updates are split into micro-batches.
@@ -59,7 +60,6 @@ class RunMetadata:
         versions: versions of packages, by name.
         device: the kind of device.
         ended_by: why the run ended early, as a sentence; empty if it did not.
-        labels: the names of the labels by number, if the user gave them names.
     """
 
     name: str
@@ -69,6 +69,7 @@ class RunMetadata:
     val_data: Sequence[Named]
     n_train: int | None
     n_val: int | None
+    max_train_rows: int | None
     held_out: bool
     sizes: Mapping[str, str]
     cut: str
@@ -80,7 +81,6 @@ class RunMetadata:
     versions: Mapping[str, str]
     device: str
     ended_by: str = ""
-    labels: Mapping[int, str] = field(default_factory=dict)
 
     def evaluations(self) -> list[Evaluation]:
         """Return the evaluation before training, and the best and the last one; those that are the same only once."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from .curves import Axis, RunCurves, axes_of
 from .figures import MIN_SMOOTHED, Panel, panel_figure, panels_of
+from .format import UNKNOWN
 from .page import details, figure, figures, heading, legend, named_values, page, paragraph, table
 from .style import as_svg, page_style
 
@@ -39,10 +40,11 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _results(runs: Sequence[RunCurves]) -> list[Mapping[str, str]]:
-    """Return the results of runs, which begin with their subjects if there are several runs."""
-    if len(runs) == 1:
-        return [run.outcome for run in runs]
-    return [{**({"run of": run.subject} if run.subject else {}), **run.outcome} for run in runs]
+    """Return the results of runs that at least one of them has. They begin with subjects if there are several runs."""
+    subjects = [{"run of": run.subject} if len(runs) > 1 else {} for run in runs]
+    results = [{**subject, **run.outcome} for subject, run in zip(subjects, runs, strict=True)]
+    known = {name for each in results for name, text in each.items() if text}
+    return [{name: text for name, text in each.items() if name in known} for each in results]
 
 
 def _curves(runs: Sequence[RunCurves], first: Axis | None) -> Iterable[str]:
@@ -99,8 +101,8 @@ def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
         columns = ["different", *(run.name for run in runs)]
         yield table(differ, columns, has_names=True) if differ else paragraph("All settings are the same.")
     changed = {name: same[name] for name in dict.fromkeys(name for run in runs for name in run.changed) if name in same}
-    # None as a default only says that another setting decides.
-    others = {name: text for name, text in same.items() if name not in changed and text != str(None)}
+    # An empty default only says that another setting or the library decides.
+    others = {name: text for name, text in same.items() if name not in changed and text not in ("None", "[]")}
     in_all = " that are the same in all runs" if len(runs) > 1 else ""
     if changed:
         yield (
@@ -116,10 +118,22 @@ def _shown(settings: Mapping[str, Any], name: str) -> str:
     return str(settings[name]) if name in settings else "–"
 
 
+def _merged(orders: Sequence[list[str]]) -> list[str]:
+    """Return the names in all lists, in an order that does not depend on that of the lists: each after those before."""
+    merged: list[str] = []
+    for order in sorted(orders, reverse=True):
+        place = 0
+        for name in order:
+            if name not in merged:
+                merged.insert(place, name)
+            place = merged.index(name) + 1
+    return merged
+
+
 def _compared(values: Sequence[Mapping[str, str]], names: Sequence[str], *, joins: bool = False) -> str:
     """Return a table with a column for each run; with `joins`, a single one if all are equal."""
     if joins and all(each == values[0] for each in values):
         return named_values(values[0])
-    rows = dict.fromkeys(name for each in values for name in each)
+    rows = _merged([list(each) for each in values])
     columns = ["", *names] if len(names) > 1 else ()
-    return table([[row, *(each.get(row, "–") for each in values)] for row in rows], columns, has_names=True)
+    return table([[row, *(each.get(row) or UNKNOWN for each in values)] for row in rows], columns, has_names=True)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,22 +150,6 @@ class NoiseScaleEntry:
 
 
 Entry = WindowEntry | EpochEntry | EvaluationEntry | AuditEntry | NoiseScaleEntry
-_KINDS: dict[str, type[Entry]] = {
-    "window": WindowEntry,
-    "audit": AuditEntry,
-    "evaluation": EvaluationEntry,
-    "noise_scale": NoiseScaleEntry,
-}
-
-
-def read_entry(line: str) -> Entry:
-    """Return the entry in a line of a ledger file. A null becomes NaN, also if it was an infinity.
-
-    Raises:
-        ValueError, TypeError: if the line is not an entry.
-    """
-    values = _null_to_nan(json.loads(line))
-    return next((kind for name, kind in _KINDS.items() if name in values), EpochEntry)(**values)
 
 
 @dataclass
@@ -196,18 +179,6 @@ class Ledger:
         self._file: AppendOnlyFile | None = None
         if self.path is not None:
             self.keep_in(self.path)
-
-    @classmethod
-    def read(cls, path: Path) -> "Ledger":
-        """Return the entries in a file, up to the first line that is not complete. They are not written anywhere.
-
-        The ledger is empty if the file cannot be read.
-        """
-        ledger = cls()
-        with suppress(OSError, ValueError, TypeError), path.open() as file:
-            for line in file:
-                ledger._add(read_entry(line))
-        return ledger
 
     def keep_in(self, path: Path) -> None:
         """Write entries to a file from now on, and empty it. Existing entries are written with the next, or by `write`.
@@ -272,10 +243,6 @@ class Ledger:
 
 def _as_line(entry: Entry) -> str:
     return json.dumps(null_non_finite(vars(entry)), allow_nan=False)
-
-
-def _null_to_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _null_to_nan(value) if isinstance(value, dict) else nan_null(value) for name, value in values.items()}
 
 
 def nan_null(value: Any) -> Any:

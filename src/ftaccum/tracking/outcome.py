@@ -15,20 +15,16 @@ if TYPE_CHECKING:
 
 
 def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -> dict[str, str]:
-    """Return the results of a run, as far as they are known.
+    """Return the results of a run by name, always in this order. Texts of results that are not known are empty.
 
     Args:
         result: its result.
         ledger: its ledger, which is empty if there is none.
         run_dir: its folder, if it has one.
     """
-    is_validated = bool(result.val_loss_history)
-    final = "final validation loss" if is_validated else "final training loss"
-    outcome = {
+    return {
         "state": _state(result, run_dir),
-        final: format_number(known(result.final_loss)),
-        f"{final.replace('final', 'first')}": format_number(result.initial_loss),
-        **_best(result),
+        **_losses(result),
         **{
             f"final {name}": format_number(value)
             for name, value in (result.metrics[-1] if result.metrics else {}).items()
@@ -36,7 +32,6 @@ def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -
         **_work(result, ledger),
         **_measured(result, ledger),
     }
-    return {name: text for name, text in outcome.items() if text}
 
 
 def _state(result: "Result", run_dir: RunDir | None) -> str:
@@ -47,11 +42,18 @@ def _state(result: "Result", run_dir: RunDir | None) -> str:
     return f"running, after update {n_updates:,}" if is_running else f"interrupted after update {n_updates:,}"
 
 
-def _best(result: "Result") -> dict[str, str]:
-    if result.best_val_loss is None:
-        return {}
-    best = {"best validation loss": format_number(result.best_val_loss)}
-    return best if result.best_update is None else best | {"best evaluation": f"update {result.best_update:,}"}
+def _losses(result: "Result") -> dict[str, str]:
+    final = "" if result.interrupted and math.isnan(result.final_loss) else format_number(known(result.final_loss))
+    losses, is_validated = (final, format_number(result.initial_loss)), bool(result.val_loss_history)
+    validation, training = (losses, ("", "")) if is_validated else (("", ""), losses)
+    return {
+        "final validation loss": validation[0],
+        "first validation loss": validation[1],
+        "best validation loss": "" if result.best_val_loss is None else format_number(result.best_val_loss),
+        "best evaluation": "" if result.best_update is None else f"update {result.best_update:,}",
+        "final training loss": training[0],
+        "first training loss": training[1],
+    }
 
 
 def _work(result: "Result", ledger: Ledger) -> dict[str, str]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
 from ..runtime.run_dir import RunDir
-from .interrupted_run import read_interrupted
 from .ledger import Ledger
 from .recorded import Recorded
+from .recorded_result import read_without_result
 from .result_file import read_result, write_values
 from .result_frames import as_frame
 from .result_table import as_html, as_text
@@ -20,7 +20,7 @@ from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
 from .trained_model import TrainedModel
-from .update_times import mean_speed
+from .update_times import mean_speed, work_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,25 +266,25 @@ class Result(Mapping[str, Any]):
     def load(cls, path: str | Path) -> "Result":
         """Read a file that `save` wrote, or the result of a run from its output folder.
 
-        For a run that was interrupted, or has not ended yet, the result is built from its ledger. A null in a history
-        of numbers becomes NaN, also if it was an infinity. Names that only a newer version knows are left out.
+        For a run that was interrupted or has not ended yet, or whose `result.json` is lost, the result is built from
+        its ledger. A null in a history becomes NaN, also if it was an infinity. Newer names are left out.
 
         Raises:
-            DataError: if the file exists but is not a result, or if the run has not completed an update yet.
+            DataError: if the file is not a result, or if the ledger is needed but damaged or without an update.
         """
-        if (found := read_interrupted(RunDir(Path(path)))) is not None:
+        if (found := read_without_result(RunDir(Path(path)))) is not None:
             ledger, record = found
             return cls.of(
                 ledger,
                 record.batch_sizes(),
                 record.criterion(),
-                work=Throughput(),
+                work=work_of(ledger.windows),
                 training_time=math.nan,
                 out_of_memory=0,
                 amp_enabled=record.amp_enabled,
                 final_loss_scale=None,
                 output_dir=str(path),
-                interrupted=True,
+                interrupted=not record.finished,
             )
         return read_result(Path(path), _RESULT_NAMES, cls)
 

@@ -44,6 +44,8 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
     if not math.isnan(result.training_time):
         speed = f"{result.samples_per_second:.1f} rows/s in training"
         rows.append(("time", f"{format_duration(result.training_time)}, {speed}"))
+    elif not math.isnan(result.samples_per_second):
+        rows.append(("speed", f"{result.samples_per_second:.1f} rows/s in training"))
     passes = f"{result.passes_per_update:.1f} forward passes per update on each process"
     if result.padding_fraction is not None:
         passes += f", {result.padding_fraction:.1%} of token positions were padding"

@@ -1,7 +1,7 @@
 """The curves of a run, from its output folder or from a result in memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import accumulate
 from pathlib import Path
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import DataError
 from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves
 from ..runtime.run_dir import RunDir
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from .ledger import Ledger
+from .ledger_file import LedgerFile
 from .outcome import describe_outcome
 from .recorded import Recorded
 from .run_record import RunRecord
@@ -23,7 +25,17 @@ if TYPE_CHECKING:
     from .result import Result
 
 _SIZES = ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_processes")
-_NOT_SETTINGS = ("recipe", "sources", "environment", "subject", "started_at", "finished", "noise_scale_reason")
+_NOT_SETTINGS = (
+    "recipe",
+    "sources",
+    "environment",
+    "subject",
+    "optimizer",
+    "started_at",
+    "finished",
+    "noise_scale_reason",
+)
+SOURCE_DEFAULTS = {"mlm_probability": 0.15, "dtype": "auto"}  # of `ftaccum train`; the others are empty
 _DEFAULTS = {f.name: f.default for kind in (Runtime, Recipe) for f in fields(kind)}
 _COPIED = "the run had no `output_dir`, and a result that is copied or loaded from a file has no ledger"
 _OLD = "an older version wrote the ledger and did not record it"
@@ -62,7 +74,7 @@ def curves_of(
         speed_unit=unit,
         seconds=seconds_by_use(ledger),
         gaps=_gaps(ledger, record, reason),
-        outcome=describe_outcome(result, ledger, run_dir),
+        outcome={**describe_outcome(result, ledger, run_dir), "note": reason if windows else ""},
         settings=settings,
         changed=_changed(settings, record),
         environment={} if record is None else dict(record.environment),
@@ -70,15 +82,36 @@ def curves_of(
 
 
 def _read(result: "Result", run_dir: RunDir | None, recorded: Recorded | None) -> tuple[Recorded, str]:
-    """Return the ledger and the record of a result, and why there is no ledger if there is none."""
+    """Return the ledger and the record of a result, and why there is no ledger, or where it is damaged."""
     if run_dir is None:
         return recorded or Recorded(), _COPIED
+    found = LedgerFile.read(run_dir.ledger)
+    ledger, record, losses = found.ledger, RunRecord.read(run_dir.record), [w.loss for w in found.ledger.windows]
+    if losses and _are_equal(losses, result.loss_history):
+        return Recorded(ledger, record), "" if found.ends_there else found.damage
     if not run_dir.ledger.is_file():
-        return Recorded(), "the folder of the run has no `ledger.jsonl`"
-    ledger = Ledger.read(run_dir.ledger)
-    if not np.array_equal([w.loss for w in ledger.windows], result.loss_history, equal_nan=True):
+        reason = "the folder of the run has no `ledger.jsonl`"
+    elif _are_equal(losses, result.loss_history[: len(losses)]):
+        reason = found.damage or f"`ledger.jsonl` ends after update {len(losses):,}"
+    else:
         return Recorded(), "the folder of the run has the ledger of another run by now"
-    return Recorded(ledger, RunRecord.read(run_dir.record)), ""
+    return Recorded(record=record if _has_result(run_dir, record, result) else None), reason
+
+
+def _has_result(run_dir: RunDir, record: RunRecord | None, result: "Result") -> bool:
+    """Return whether the folder has the record and the file of a result, and not those of another run by now."""
+    if record is None or not record.finished:
+        return False
+    try:
+        return _are_equal(type(result).load(run_dir.result).loss_history, result.loss_history)
+    except (OSError, DataError):
+        return False
+
+
+def _are_equal(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether losses are equal, where NaN equals NaN and an infinity, which files do not have."""
+    one, two = (np.where(np.isfinite(values := np.asarray(each, float)), values, np.nan) for each in (some, others))
+    return np.array_equal(one, two, equal_nan=True)
 
 
 def _gaps(ledger: Ledger, record: RunRecord | None, reason: str) -> dict[str, str]:
@@ -129,12 +162,17 @@ def _settings(result: "Result", record: RunRecord | None) -> dict[str, Any]:
     if record is None:
         return {name: result[name] for name in (*_SIZES, "accumulation_schedule")}
     others = {name: value for name, value in asdict(record).items() if name not in _NOT_SETTINGS}
-    return {**record.sources, **others, **record.recipe}
+    used = {"optimizer": record.optimizer} if record.optimizer else {}
+    return {**record.sources, **others, **record.recipe, **used}
 
 
 def _changed(settings: Mapping[str, Any], record: RunRecord | None) -> list[str]:
     """Return the settings that say most about a run: the model and the data, sizes, and what is not at its default."""
-    names = [name for name in (() if record is None else record.sources) if settings[name]]
+    names = [
+        name
+        for name in (() if record is None else record.sources)
+        if settings[name] and settings[name] != SOURCE_DEFAULTS.get(name)
+    ]
     return names + [
         name
         for name, value in settings.items()

@@ -15,7 +15,13 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-_ADDED = ("environment", "noise_scale_reason", "subject", "directory")  # records of older versions lack them
+_ADDED = (
+    "environment",
+    "noise_scale_reason",
+    "subject",
+    "optimizer",
+    "directory",
+)  # records of older versions lack them
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class RunRecord:
         subject: the model, the data and the number of training rows; empty if an older version wrote the record.
         directory: the working folder of the command, from which relative paths in `sources` start; empty for a call
             from Python, or if an older version wrote the record.
+        optimizer: the class of the optimizer and its betas; empty if an older version wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -74,6 +81,7 @@ class RunRecord:
     noise_scale_reason: str = ""
     subject: str = ""
     directory: str = ""
+    optimizer: str = ""
 
     @classmethod
     def of(
@@ -88,6 +96,7 @@ class RunRecord:
         environment: Mapping[str, str] | None = None,
         noise_scale_reason: str = "",
         subject: str = "",
+        optimizer: str = "",
     ) -> "RunRecord":
         """Return the record of a run that starts now."""
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
@@ -106,6 +115,7 @@ class RunRecord:
             noise_scale_reason=noise_scale_reason,
             subject=subject,
             directory="" if command is None else os.getcwd(),
+            optimizer=optimizer,
         )
 
     def batch_sizes(self) -> BatchSizes:

@@ -72,6 +72,7 @@ def describe_model(model: Any, folder: Path, base: Named | None) -> SavedModel:
         task,
         _processor(folder),
         has_chat_template=(folder / "chat_template.jinja").exists(),
+        classes=_classes(inner, task),
     )
     if not is_peft:
         return plain
@@ -81,8 +82,6 @@ def describe_model(model: Any, folder: Path, base: Named | None) -> SavedModel:
 
 def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any], name: Named | None) -> SavedModel:
     """Return what a folder of adapters contains, given their base model and their configuration."""
-    config = getattr(model, "config", None)
-    labels = getattr(config, "id2label", None) if base.task in _WITH_LABELS else None
     auto_class = auto_class_of_adapters(adapter.get("task_type"))
     return SavedModel(
         "peft",
@@ -90,11 +89,23 @@ def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any], name: Named
         base.loader,
         base.task,
         base.processor,
-        labels={int(number): str(label) for number, label in labels.items()} if labels else None,
+        labels=_labels(model, base.task) or None,
+        classes=base.classes,
         base=name,
         adapter=str(adapter["peft_type"]).lower(),
         auto_peft=None if auto_class is None else auto_class.with_adapters,
     )
+
+
+def _labels(model: Any, task: str | None) -> dict[int, str]:
+    labels = getattr(getattr(model, "config", None), "id2label", None) if task in _WITH_LABELS else None
+    return {int(number): str(label) for number, label in (labels or {}).items()}
+
+
+def _classes(model: Any, task: str | None) -> dict[int, str]:
+    """Return the labels of a classifier by number, unless their names only repeat the numbers."""
+    labels = _labels(model, task)
+    return {} if all(label.removeprefix("LABEL_") == str(number) for number, label in labels.items()) else labels
 
 
 def _loader(kind: type) -> tuple[str | None, str | None]:

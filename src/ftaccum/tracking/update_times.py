@@ -1,4 +1,4 @@
-"""The times of updates in a ledger, and the speed that follows from them."""
+"""The work and the times of updates in a ledger, and the speed that follows from them."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .ledger import Ledger, WindowEntry
+from .throughput import Throughput
 
 
 def seconds_by_use(ledger: Ledger) -> dict[str, float]:
@@ -32,6 +33,11 @@ def mean_speed(windows: Sequence[WindowEntry], unit: str) -> float:
     """Return the tokens or rows per second of all updates whose times are known; NaN if there are none."""
     timed = [(getattr(w, unit), time) for w in windows if (time := _seconds(w)) > 0]
     return sum(done for done, _ in timed) / sum(time for _, time in timed) if timed else math.nan
+
+
+def work_of(windows: Sequence[WindowEntry]) -> Throughput:
+    """Return the rows, tokens and positions of updates."""
+    return Throughput(*(sum(getattr(w, name) for w in windows) for name in ("rows", "tokens", "positions")))
 
 
 def _seconds(window: WindowEntry) -> float:

@@ -28,7 +28,7 @@ from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
 from .named_sources import describe_subject
-from .rates import peak_rates
+from .rates import peak_rates, summarize_optimizer
 
 
 def build_identity(
@@ -92,6 +92,7 @@ def build_record(
     batch_sizes: BatchSizes,
     accelerator: Accelerator,
     measured: MeasuredWindows,
+    optimizer: Optimizer,
 ) -> RunRecord:
     """Return the record of a run that starts now."""
     n_rows = None if is_stream(config.components.train_data) else len(data.train_rows)
@@ -110,4 +111,5 @@ def build_record(
         },
         noise_scale_reason=measured.reason,
         subject=describe_subject(config, n_rows, is_synthetic=data.synthetic),
+        optimizer=summarize_optimizer(optimizer).describe_kind(),
     )

@@ -53,7 +53,7 @@ class RunWithOutputs(EvaluatedSetup):
         _ = self.base  # a callback may change the working folder, from which the model was loaded
         if self.callback.saves_model:  # a search records its trials itself
             self._record = build_record(
-                self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows
+                self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows, self.optimizer
             )
         if self.run_dir is None or self.checkpoints is None:
             return

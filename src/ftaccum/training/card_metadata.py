@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
+
 from ..data.iterable import is_stream
 from ..insight.run_metadata import Named, RunMetadata, public_name
 from ..objective.item_counts import OF_USER
@@ -15,7 +17,7 @@ from .adapter_summary import summarize_adapters
 from .build_identity import software_versions
 from .build_plan import summarize_micro_batches
 from .named_sources import training_data, validation_data
-from .rates import decays_matrices_only, summarize_optimizer
+from .rates import summarize_optimizer
 
 if TYPE_CHECKING:
     from .build_outputs import RunWithOutputs
@@ -53,6 +55,7 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
         val_data=validation_data(run.config),
         n_train=None if is_stream(components.train_data) else len(data.train_rows),
         n_val=n_val,
+        max_train_rows=command.sources.get("max_train_rows") if (command := run.config.command) is not None else None,
         held_out=n_val is not None and components.val_data is None,
         sizes=named_sizes(run.batch_sizes, run.config.recipe.learning_rate_scaling),
         cut=str(cut),
@@ -64,7 +67,6 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
         versions=software_versions(run.model),
         device=device_name(run.accelerator.device),
         ended_by=ended_by or (run.best.describe_stop() if run.best.stops else ""),
-        labels=_labels(run.model),
     )
 
 
@@ -80,12 +82,13 @@ def _name(run: "RunWithOutputs", base: Named | None) -> str:
 def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
     recipe, plan = run.config.recipe, run.plan
     options: Any = recipe.lr_scheduler_kwargs  # the settings have parsed it
-    adapters = summarize_adapters(run.model)
+    optimizer, adapters = summarize_optimizer(run.optimizer), summarize_adapters(run.model)
+    own_groups = isinstance(run.config.components.optimizer, Optimizer) or bool(recipe.optimizer_groups)
     dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in run.model.parameters()}))
-    clip, spares = recipe.gradient_clip_norm, decays_matrices_only(run.optimizer)
+    clip = recipe.gradient_clip_norm
     warmup = f", warm-up of {run.n_warmup} {'update' if run.n_warmup == 1 else 'updates'}" if run.n_warmup else ""
     return {
-        "Optimizer": f"{summarize_optimizer(run.optimizer)}{' for biases and norms' if spares else ''}",
+        **optimizer.named(exempts=set(optimizer.weight_decays) == {0.0, recipe.weight_decay} and not own_groups),
         "Schedule": f"{_schedule(recipe.lr_scheduler, options)}{warmup}",
         "Gradient clipping": "none" if clip is None else f"norm {clip:g}",
         "Epochs": str(plan.n_epochs),
@@ -93,13 +96,6 @@ def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
         "Precision": _PRECISIONS[run.accelerator.mixed_precision].format(weights=dtypes),
         **({} if adapters is None else {"Adapters": str(adapters)}),
     }
-
-
-def _labels(model: Any) -> Mapping[int, str]:
-    """Return the names of a model's labels by number; none if they only have the names that Transformers gives them."""
-    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
-    named = {int(number): str(name) for number, name in labels.items()}
-    return {} if all(name == f"LABEL_{number}" for number, name in named.items()) else named
 
 
 def _schedule(name: str, options: Mapping[str, Any] | None) -> str:

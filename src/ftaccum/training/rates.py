@@ -96,17 +96,42 @@ class OptimizerSummary:
         kind: the name of its class.
         learning_rates: the peak learning rate of each group; None if the optimizer sets its own at each step.
         weight_decays: the weight decay of each group that has one.
+        betas: its decay rates β₁ and β₂ in the first group; empty if it has none.
     """
 
     kind: str
     learning_rates: tuple[float, ...] | None
     weight_decays: tuple[float, ...]
+    betas: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         own = "its own at each step (no schedule)"
         rates = own if self.learning_rates is None else _listed(self.learning_rates)
         decay = f", weight decay {_listed(self.weight_decays)}" if self.weight_decays else ""
         return f"{self.kind}, learning rate {rates}{decay}"
+
+    def describe_kind(self) -> str:
+        """Return the kind and the betas."""
+        return self.kind + (f", betas {' and '.join(f'{beta:g}' for beta in self.betas)}" if self.betas else "")
+
+    def named(self, *, exempts: bool) -> dict[str, str]:
+        """Return the parts by name.
+
+        Args:
+            exempts: whether the groups without weight decay are the biases and norms.
+        """
+        positive = [decay for decay in self.weight_decays if decay] if exempts else self.weight_decays
+        rest = ", 0 for biases and norms" if exempts and len(positive) < len(self.weight_decays) else ""
+        own = "its own at each step (no schedule)"
+        return {
+            "Optimizer": self.describe_kind(),
+            "Peak learning rate": own if self.learning_rates is None else _listed(self.learning_rates),
+            **(
+                {"Weight decay": f"{_listed(positive or [0.0])}{rest if positive else ''}"}
+                if self.weight_decays
+                else {}
+            ),
+        }
 
 
 def summarize_optimizer(optimizer: Optimizer) -> OptimizerSummary:
@@ -116,22 +141,8 @@ def summarize_optimizer(optimizer: Optimizer) -> OptimizerSummary:
         type(optimizer).__name__,
         None if any(map(sets_its_own, groups)) else tuple(float(group["lr"]) for group in groups),
         tuple(float(group["weight_decay"]) for group in groups if _is_number(group.get("weight_decay"))),
+        tuple(float(beta) for beta in groups[0].get("betas") or ()),
     )
-
-
-def decays_matrices_only(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer has one weight decay for matrices, and 0 for the parameters of fewer dimensions.
-
-    These are biases, scales of norms and the like.
-    """
-    groups = [
-        (group["weight_decay"], group["params"])
-        for group in optimizer.param_groups
-        if group.get("weight_decay") is not None
-    ]
-    of_vectors = {decay for decay, params in groups for p in params if p.ndim < 2}
-    of_matrices = {decay for decay, params in groups for p in params if p.ndim >= 2}
-    return of_vectors == {0} and len(of_matrices) == 1 and of_matrices != {0}
 
 
 def peak_rates(optimizer: Optimizer) -> list[float | None]:

@@ -10,6 +10,7 @@ from ...insight.noise_words import describe_noise, describe_scale, is_bounded, i
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
+from ..run_folder import find_fault
 
 _LEVEL = "90% interval"
 _CAVEATS = """Three caveats (docs/noise_scale.md):
@@ -28,12 +29,8 @@ def describe_run(folder: Path) -> str:
         DataError: if the run has not completed an update yet.
     """
     run_dir = RunDir(folder)
-    if not folder.is_dir():
-        raise SettingsError([f"There is no folder {str(folder)!r}. Give the output folder of a run."])
-    if not (run_dir.result.is_file() or run_dir.record.is_file()):
-        raise SettingsError(
-            [f"{str(folder)!r} has no result.json and no run.json, so it is not the output folder of a run."]
-        )
+    if fault := find_fault(folder):
+        raise SettingsError([fault])
     result = Result.load(folder)
     updates = result.optimizer_steps + result.skipped_steps
     head = f"Run: {folder}, {updates:,} updates, {result.effective_batch_size:,} rows an update"

@@ -18,6 +18,7 @@ from ...settings.recipe import SIZES, Recipe
 from ...tasks.arguments import TrainArguments
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
+from ..run_folder import find_fault
 from .experiment import Experiment, experiment_of, steady_rate
 
 
@@ -46,11 +47,13 @@ class RecordedRun:
         Raises:
             SettingsError: if a call from Python started the run, it reads a stream, or it has no such checkpoint.
         """
-        if not folder.is_dir():
-            raise SettingsError([f"There is no folder {str(folder)!r}. Give the output folder of a run."])
+        if fault := find_fault(folder):
+            raise SettingsError([fault])
         record = RunRecord.read(RunDir(folder).record)
         if record is None:
-            raise SettingsError([f"{str(folder)!r} has no run.json, so it is not the output folder of a run."])
+            raise SettingsError(
+                [f"{str(folder)!r} has no `run.json`, which `--check` needs. Give a folder of `ftaccum train`."]
+            )
         if not record.sources:
             raise SettingsError(
                 [
