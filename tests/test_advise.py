@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,22 @@ def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
     assert not is_last
 
 
+@pytest.mark.parametrize(
+    ("rates", "is_inside"), [([1.0, 2.0], True), ([2.0, 3.0], False), ([3.0, 2.0], False), ([3.0], False)]
+)
+def test_a_checkpoint_inside_the_warm_up_is_recognised(rates: list[float], is_inside: bool, branches: Branches) -> None:
+    windows = [SimpleNamespace(learning_rate=rate) for rate in rates]
+    checkpoint: Any = SimpleNamespace(windows=windows, metadata={"trained_on": {"learning_rate": [3.0, 9.0]}})
+    assert replace(branches.run, checkpoint=checkpoint).is_warming_up is is_inside
+
+
+def test_rows_that_the_run_has_trained_on_are_not_called_held_out(branches: Branches) -> None:
+    first, second = (replace(branches, order=RowOrder(36, epoch, 0, 42, 16, n_held=8)) for epoch in (0, 1))
+    assert (first.measure, first.has_seen_measured) == ("loss on held-out rows", False)
+    assert (second.measure, second.has_seen_measured) == ("training loss on rows that no branch trains on", True)
+    assert (branches.measure, branches.has_seen_measured) == ("validation loss", False)
+
+
 def test_rows_are_whole_updates_of_all_sizes() -> None:
     for size, n_rows, share, even, rows in ((16, 5000, 0.05, 16, 224), (7, 1000, 0.1, 6, 96), (2, 80, 0.2, 2, 16)):
         found = experiment_of(size, n_rows, "adamw", rate=1.0, peak=1.0, share=share, seeds=2)
@@ -242,24 +259,46 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     given = experiment_of(16, 5000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=3)
 
     def said(means: list[float], spread: float = 0.001) -> str:
-        return verdict(outcomes_of(means, spread), given, "validation loss")
+        return verdict(outcomes_of(means, spread), given, "validation loss", 60)
 
     assert said([0.8, 0.8, 0.7, 0.6, 0.8]).startswith("Twice the batch (32 rows) with the scaled learning rate")
     assert "`effective_batch_size=8`" in said([0.8, 0.5, 0.7, 0.6, 0.8])
     assert said([0.8, 0.8, 0.5, 0.6, 0.8]).startswith("The run's batch (16 rows) reached the lowest validation loss")
     assert said([0.8, 0.8, 0.5, 0.502, 0.8]).startswith(
-        "No verdict: the 90% interval of updates of 16 rows overlaps those of 32"
+        "No verdict: the 90% interval of updates of 16 rows overlaps those of 32 rows, and"
+    )
+    assert said([0.8, 0.5, 0.7, 0.6, 0.8]).endswith(
+        "measured on 60 rows: the intervals cover the order of the training rows only, and not the choice of the 60 "
+        "rows."
     )
     # 2.92 · 0.001 / √3 = 0.00169 is the half-width of each.
     assert said([0.8, 0.8, 0.5, 0.5035, 0.8]).startswith("The run's batch")
     assert said([0.8, 0.8, 0.7, 0.6, 0.6]).startswith("Twice the batch")  # two rates of one batch may overlap
     assert said([0.8, 0.8, 0.7, math.inf, 0.9]).startswith("The run's batch")
     assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
-    one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss")
+    one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss", 60)
     assert one.startswith("No verdict: the check has not trained")
     interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
     assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995, 0.4995, 0.5005, 0.5, 0.5])
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
+
+
+def test_no_batch_is_named_if_every_longer_way_lowers_the_loss() -> None:
+    of_adam, of_sgd = (
+        experiment_of(2, 5000, name, rate=1.0, peak=1.0, share=0.05, seeds=3) for name in ("adamw", "sgd")
+    )
+
+    def said(means: list[float], given: Any = of_adam) -> str:
+        return verdict(outcomes_of(means), given, "loss", 60)
+
+    # Rate × updates, relative to the run's batch: 1.41, 2, 1, 0.71, 0.5; for SGD 1, 2, 1, 1, 0.5.
+    learning = "No verdict: the run is still learning at this rate."
+    assert said([0.6, 0.5, 0.7, 0.8, 0.9]).startswith(learning)
+    assert said([0.8, 0.5, 0.7, 0.9, 0.95]).startswith("Half the batch (1 row) with the unchanged learning rate")
+    assert said([0.6, 0.5, 0.7, 0.9, 0.8]).startswith("Half the batch")
+    assert said([0.6, 0.5, 0.7, 0.8, math.inf]).startswith("Half the batch")
+    assert said([0.7, 0.5, 0.6, 0.8, 0.9], of_sgd).startswith(learning)
+    assert said([0.4, 0.5, 0.6, 0.8, 0.9], of_sgd).startswith("Half the batch (1 row) with the scaled")
 
 
 def test_batches_are_compared_within_each_order_if_their_intervals_overlap() -> None:
@@ -274,13 +313,13 @@ def test_batches_are_compared_within_each_order_if_their_intervals_overlap() -> 
     low, high = stats.t.interval(0.9, 2, 0.010, stats.sem(gaps[1.0]))
     assert found[Cell(1.0, True)].mean == pytest.approx(0.010, rel=1e-9)
     assert found[Cell(1.0, True)].half_width == pytest.approx((high - low) / 2, rel=1e-9)
-    conclusion = verdict(outcomes, given, "validation loss")
+    conclusion = verdict(outcomes, given, "validation loss", 60)
     assert conclusion.startswith(
         "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates of "
         "128 rows with the scaled learning rate were lower by 0.021 ± 0.0017 than those of 32 rows and 0.01 ± 0.0017 "
         "than those of 64 rows."
     )
-    assert as_json(given, outcomes, "loss", conclusion)["differences"][1]["mean"] == pytest.approx(0.010, rel=1e-9)
+    assert as_json(given, outcomes, "loss", 60, conclusion)["differences"][1]["mean"] == pytest.approx(0.010, rel=1e-9)
     assert differences_of([Outcome(cell, 1, math.inf, 1.0) for cell in CELLS]) == {}
 
 
@@ -298,7 +337,7 @@ def test_simulated_checks_prefer_a_batch_that_is_better_and_seldom_one_that_is_n
         order, noise = draw.normal(0.5, 0.01, 3), draw.normal(0, 0.001, (3, len(CELLS)))
         losses = order[:, None] + noise - np.array([gap if cell == Cell(2.0, True) else 0.0 for cell in CELLS])
         outcomes = [Outcome(cell, n + 1, losses[n, m], 1.0) for n in range(3) for m, cell in enumerate(CELLS)]
-        conclusions.append(verdict(outcomes, given, "loss"))
+        conclusions.append(verdict(outcomes, given, "loss", 60))
     shares = [np.mean([c.startswith(words) for c in conclusions]) for words in ("The intervals overlap", "No verdict")]
     assert preferred[0] <= shares[0] <= preferred[1]
     assert none[0] <= shares[1] <= none[1]
@@ -320,6 +359,41 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(Branches, "train", train_branch)
     return found
+
+
+@pytest.mark.usefixtures("faked")
+def test_relative_paths_start_in_the_folder_of_the_command(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["directory"] == str(Path.cwd())
+    shutil.copytree(run, tmp_path / "run")
+    save_rows(tmp_path / "other.jsonl", ROWS[1:])
+    (tmp_path / "other.jsonl").rename(tmp_path / "rows.jsonl")  # a file of the same name, which is another one
+    monkeypatch.chdir(tmp_path)
+    data = {"train_data": "rows.jsonl"}
+    for directory, sources, status, said in (
+        (str(run.parent), data | {"model": "encoder"}, 0, "Cost:"),
+        ("", data, 2, "now has 35 training rows, but the run in 'run' trained on 36."),
+        ("", data, 2, "start this command in the folder where the run was started."),
+        (str(tmp_path / "gone"), data, 2, f"was started in the folder '{tmp_path / 'gone'}', which does not exist"),
+    ):
+        changed = record | {"directory": directory, "sources": record["sources"] | sources}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(changed))
+        assert main(["advise", "run", "--check", "--share", "0.7", "--json", "found.json"]) == status
+        assert said in "".join(capsys.readouterr())
+        assert Path.cwd() == tmp_path
+    assert (tmp_path / "found.json").is_file()
+
+
+def test_another_number_of_processes_is_refused_before_the_cost_is_printed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftaccum.runtime.accelerator.requested_processes", lambda: 2)
+    assert main(["advise", str(run), "--check", "--share", "0.7"]) == 2
+    printed = capsys.readouterr()
+    assert "2 processes were requested, but this run would have 1" in printed.err
+    assert not printed.out
 
 
 @pytest.mark.usefixtures("faked")
@@ -361,12 +435,18 @@ def test_bad_input_is_one_sentence_before_any_training(
 
     empty = tmp_path / "empty"
     shutil.copytree(run, empty, ignore=shutil.ignore_patterns("checkpoints"))
+    diverged = Path(changed({"model": "x"}, "diverged"))
+    shutil.rmtree(diverged / "checkpoints")
+    result = json.loads((run / "result.json").read_text())
+    result["loss_history"][-1] = None
+    (diverged / "result.json").write_text(json.dumps(result))
     for folder, words, sentence in (
         (str(tmp_path / "none"), [], "There is no folder"),
         (str(tmp_path), [], "is not the output folder of a run"),
         (changed({}, "python"), [], "was started from Python"),
         (changed({"streaming": True}, "stream"), [], "reads a stream"),
-        (str(empty), [], "has no sound checkpoint"),
+        (str(empty), [], "has no sound checkpoint to continue from. They were removed, are damaged, or none was saved"),
+        (str(diverged), [], "continue from. The loss of its last update was not finite"),
         (str(run), ["--checkpoint", "update-1"], "there is no such folder. The run has: update-00000013"),
         (str(run), [], "`share` is 0.05, which is 2 of the run's 52 rows"),
         (str(run), ["--seeds", "1"], "`seeds` must be an integer of 2 or more"),
@@ -462,7 +542,7 @@ def contents(folder: Path) -> dict[str, str]:
     [
         ((), "0.7", "validation loss"),
         (("--lora", "--optimizer", "adamw", "--max_updates", "18"), "0.5", "validation loss"),
-        (("--validation_split", "0", "--max_updates", "10"), "0.8", "loss on held-out rows"),
+        (("--validation_split", "0", "--max_updates", "10"), "0.8", "training loss on rows that no branch trains on"),
         (("--sampler", "balanced", "--lr_scheduler", "cosine"), "0.7", "validation loss"),
     ],
 )

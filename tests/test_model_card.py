@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    TrainerCallback,
 )
 from transformers.models.auto import modeling_auto
 
@@ -25,10 +26,12 @@ import ftaccum
 from ftaccum import InexactLossError, Result, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.insight.model_card import is_unchanged_card
+from ftaccum.insight.page import page
 from ftaccum.insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ftaccum.runtime.log import run_logging
 from ftaccum.tracking.auto_classes import AUTO_CLASSES
 from ftaccum.training.card_metadata import gather_metadata
+from ftaccum.training.named_sources import name_of_dataset
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -116,7 +119,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
     assert f"The worst relative error was {worst:.1e}; the tolerance for rounding was" in text
-    assert "Training loss of the last epoch" in text
+    loss = f"Training loss of the last epoch: {result.train_loss_history[-1]:.4f}."
+    assert f"{loss} There was no validation." in text
 
 
 def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +145,7 @@ def test_the_results_on_the_card_are_those_of_the_saved_weights(tmp_path: Path) 
     assert result.restored_update is not None
     best = result.val_loss_history[result.evaluation_updates.index(result.restored_update)]
     assert best < result.final_loss
+    assert f"last epoch: {result.train_loss_history[-1]:.4f}.\n" in card(tmp_path / "model").text
     (measured,) = card(tmp_path / "model").data.eval_results
     assert measured.metric_value == best
     assert (
@@ -318,6 +323,64 @@ def test_edited_cards_are_told_from_those_that_ftaccum_wrote(tmp_path: Path) -> 
 )
 def test_models_have_names_that_may_be_published(name: str, shown: Named | None) -> None:
     assert named_model(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://bucket/x.csv?token=abc", "x.csv"),
+        ("https://anna:pw@host/a/rows.json#abc", "rows.json"),
+        ("https://anna:pw@host/", "host"),
+        ("https://host/rows.json;key=abc?a=b", "rows.json"),
+        ("zip://a.csv::s3://bucket/a.zip?token=abc", "a.csv"),
+        ("simplecache::s3://bucket/rows.csv?token=a/b", "rows.csv"),
+        ("rows?.csv", "rows?.csv"),
+    ],
+)
+def test_an_address_is_published_without_its_query_and_credentials(address: str, shown: str) -> None:
+    assert public_name(address) == shown
+
+
+def test_the_reader_of_files_is_not_the_name_of_data(tmp_path: Path) -> None:
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews" / "rows.csv").write_text("text,label\ngood,1\n")
+    info = {"cache_dir": str(tmp_path / "cache"), "split": "train"}
+    file = load_dataset("csv", data_files=str(tmp_path / "reviews" / "rows.csv"), **info)
+    made = Dataset.from_generator(lambda: iter([{"text": "good"}]), cache_dir=str(tmp_path / "cache"))
+    folder = load_dataset(str(tmp_path / "reviews"), **info)
+    assert [name_of_dataset(data) for data in (file, made, folder)] == [[], [], [Named("reviews")]]
+
+
+def test_names_of_metrics_and_labels_are_shown_as_they_are(tmp_path: Path) -> None:
+    names = {"a|b": 0.5, "<b>x</b>": 0.25, "$a$_b": 0.1, "*x*\n`y`": 1.0, "eval_f1": 0.2, "\x00nul\x1b[3m": 0.3}
+    model: Any = CLASSIFIER.model().float()
+    model.config.id2label = {0: "neg|`x`", 1: "pos\n---\nfoo: bar"}
+    result = run(
+        tmp_path, model, validation_split=0.25, compute_metrics=lambda _: dict(names), audit=False, max_updates=1
+    )
+    text = card(tmp_path / "model").text
+    heads = r"a\|b | \<b\>x\</b\> | \$a\$\_b | \*x\* \`y\` | eval_f1 | nul\[3m |"
+    assert f"validation loss | {heads}" in text
+    assert f"| before training | 0 | {result.initial_loss:.4f} | 0.5000 | 0.2500 " in text
+    assert "Labels: 0 `neg|'x'`, 1 `pos --- foo: bar`." in text
+    assert "\x00" not in page("nul \x00", ["<p>\x1b</p>"]) + text
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in base:UserWarning")  # of PEFT
+def test_a_base_model_that_was_a_folder_at_first_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    class Leaves(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    result = text_run(Path("base"), None, "base", lora=True, max_updates=1, callbacks=[Leaves()])
+    result.save_model(tmp_path / "saved")
+    text = card(tmp_path / "saved")
+    assert text.data.base_model is None
+    assert "They need their base model, the folder `base`" in text.text
 
 
 def test_the_name_of_the_user_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:

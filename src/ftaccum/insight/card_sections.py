@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .format import format_duration, format_number, known
+from .markdown import code, escape
 from .noise_words import describe_scale, is_known
 from .run_metadata import Evaluation, Named, RunMetadata
 
@@ -37,7 +38,7 @@ def data_section(metadata: RunMetadata, classes: Mapping[int, str]) -> str:
     )
     if not 1 < len(classes) <= _LISTED:
         return table
-    return f"{table}\n\nLabels: {', '.join(f'{number} `{name}`' for number, name in sorted(classes.items()))}."
+    return f"{table}\n\nLabels: {', '.join(f'{number} {code(name)}' for number, name in sorted(classes.items()))}."
 
 
 def training_section(metadata: RunMetadata) -> str:
@@ -90,7 +91,8 @@ def _audits(audits: Sequence[Mapping[str, float]]) -> str:
 def _weights(metadata: RunMetadata) -> str:
     restored, result = metadata.result["restored_update"], metadata.result
     if restored is not None:
-        return f"The saved weights are those of the best evaluation by {metadata.criterion}, after update {restored}."
+        by = escape(metadata.criterion)
+        return f"The saved weights are those of the best evaluation by {by}, after update {restored}."
     return f"The saved weights are those after the last update, {result['optimizer_steps'] + result['skipped_steps']}."
 
 
@@ -105,7 +107,7 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
         )
         for each in evaluations
     ]
-    return _table(("evaluation", "update", "validation loss", *metrics), rows)
+    return _table(("evaluation", "update", "validation loss", *map(escape, metrics)), rows)
 
 
 def _training_rows(metadata: RunMetadata) -> str:
@@ -120,7 +122,7 @@ def _training_rows(metadata: RunMetadata) -> str:
 def _describe_data(data: Named) -> str:
     config = f", configuration {data.config}" if data.config else ""
     split = f", split {data.split}" if data.on_hub and data.split else ""
-    return f"`{data.name}`{config}{split}"
+    return f"{code(data.name)}{config}{split}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .markdown import code
 from .run_metadata import Named
 
 # Inputs of the pipelines that read text. Other tasks have no pipeline, or none for a text.
@@ -119,8 +120,8 @@ def _of_base(base: Named | None) -> str:
     if base is None:
         return "Build the base model `base` as for training, and load them into it."
     if base.on_hub:
-        return f"They are loaded with their base model, `{base.name}`."
-    return f"They need their base model, the folder `{base.name}`: give its path."
+        return f"They are loaded with their base model, {code(base.name)}."
+    return f"They need their base model, the folder {code(base.name)}: give its path."
 
 
 def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections import data_section, exactness_section, results_section, training_section
 from .loading import SavedModel, loading_section
+from .markdown import code, escape, without_control_characters
 from .run_metadata import Named, RunMetadata
 
 CARD = "README.md"  # the name of the file
@@ -36,7 +37,7 @@ def model_card(metadata: RunMetadata, saved: SavedModel, folder: str) -> ModelCa
         "Training": training_section(metadata),
         "Exactness of the gradient accumulation": exactness_section(metadata),
     }
-    return _card(_card_data(metadata, saved), [f"# {metadata.name}", _lead(metadata), *_headed(sections)])
+    return _card(_card_data(metadata, saved), [f"# {escape(metadata.name)}", _lead(metadata), *_headed(sections)])
 
 
 def merged_card(earlier: str | None, saved: SavedModel, base: Named | None, folder: str) -> ModelCard:
@@ -50,9 +51,9 @@ def merged_card(earlier: str | None, saved: SavedModel, base: Named | None, fold
     """
     loading = f"{loading_section(saved, folder, is_repository=False)}\n\nThe adapters are merged into the weights."
     if earlier is None or not _is_own(earlier):
-        name = "another model" if base is None else f"`{base.name}`"
+        name = "another model" if base is None else code(base.name)
         lead = f"Adapters that were trained on {name}, merged into its weights."
-        return _card(_new_card_data(saved, base), [f"# {folder}", lead, *_headed({_LOADING: loading})])
+        return _card(_new_card_data(saved, base), [f"# {escape(folder)}", lead, *_headed({_LOADING: loading})])
     card = ModelCard(earlier)
     data = {**card.data.to_dict(), **_new_card_data(saved, base).to_dict()}
     section = f"## {_LOADING}\n\n{loading}\n\n"
@@ -86,7 +87,7 @@ def save_card(card: ModelCard, folder: Path) -> None:
 
 
 def _card(data: ModelCardData, paragraphs: list[str]) -> ModelCard:
-    text = "\n\n".join(paragraphs)
+    text = without_control_characters("\n\n".join(paragraphs))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n\n")
     card.text += _mark(card.content)
     return card
@@ -97,8 +98,8 @@ def _headed(sections: Mapping[str, str]) -> list[str]:
 
 
 def _lead(metadata: RunMetadata) -> str:
-    base = "A model" if metadata.base is None else f"`{metadata.base.name}`,"
-    data = ", ".join(f"`{each.name}`" for each in metadata.train_data)
+    base = "A model" if metadata.base is None else f"{code(metadata.base.name)},"
+    data = ", ".join(code(each.name) for each in metadata.train_data)
     return f"{base} fine-tuned{f' on {data}' if data else ''} with ftaccum. {metadata.ended_by}".strip()
 
 

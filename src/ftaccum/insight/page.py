@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 
+from .markdown import without_control_characters
 from .style import color_of, dashes_of, theme_css
 
 
@@ -18,7 +19,8 @@ def page(title: str, parts: Iterable[str], style: str = "") -> str:
     """
     css = "\n".join([theme_css(), _resource("page.css"), style])
     body = "\n".join([heading(title, 1), *parts])
-    return Template(_resource("page.html")).substitute(title=html.escape(title), style=css, body=body)
+    whole = Template(_resource("page.html")).substitute(title=html.escape(title), style=css, body=body)
+    return without_control_characters(whole)
 
 
 def heading(text: str, level: int = 2) -> str:

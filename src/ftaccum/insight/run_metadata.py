@@ -107,7 +107,12 @@ class RunMetadata:
 
 
 def public_name(path: str) -> str:
-    """Return the last component of a path; "model" if there is none, or if it is the name of the user's home folder."""
+    """Return the last component of a path; "model" if there is none, or if it is the name of the user's home folder.
+
+    Of an address, it leaves out the query and the fragment, which may have a token, and credentials before the host.
+    """
+    if "://" in path:
+        path = _path_of(path)
     last = (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
     return last if last.strip(".~") and last != _home() else "model"
 
@@ -121,6 +126,13 @@ def named_model(name: str | None) -> Named | None:
     if is_repository_name(name) and not Path(name).exists():
         return Named(name, on_hub=True)
     return Named(public_name(name))
+
+
+def _path_of(address: str) -> str:
+    """Return the path of an address, or else its host. Of a chain such as "zip://a.csv::s3://data/a.zip", the first."""
+    first = next(part for part in address.split("::") if "://" in part)
+    host, _, path = re.split(r"[?#;]", first.partition("://")[2], maxsplit=1)[0].partition("/")
+    return path.rstrip("/") or host.rpartition("@")[2]
 
 
 def _home() -> str | None:

@@ -148,15 +148,7 @@ def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
         project_dir=project_dir,
     )
     accelerator.log_with = find_trackers(runtime, project_dir)
-    asked = requested_processes()
-    if accelerator.num_processes != asked:
-        raise SettingsError(
-            [
-                f"{asked} processes were requested, but this run would have {accelerator.num_processes}. On CPUs use "
-                "`torchrun --nproc_per_node`, or `accelerate launch` with a config file that contains "
-                "`distributed_type: MULTI_GPU` and `use_cpu: true`."
-            ]
-        )
+    check_processes(accelerator.num_processes)
     if accelerator.distributed_type not in REPLICATED:
         raise SettingsError(
             [
@@ -185,6 +177,23 @@ def device_name(device: torch.device) -> str:
 def is_first_process() -> bool:
     """Return whether this is the only process, or the first one that the launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_processes(n_processes: int) -> None:
+    """Check that there are as many processes as the user has asked the launcher for.
+
+    Raises:
+        SettingsError: if there are not.
+    """
+    asked = requested_processes()
+    if n_processes != asked:
+        raise SettingsError(
+            [
+                f"{asked} processes were requested, but this run would have {n_processes}. On CPUs use "
+                "`torchrun --nproc_per_node`, or `accelerate launch` with a config file that contains "
+                "`distributed_type: MULTI_GPU` and `use_cpu: true`."
+            ]
+        )
 
 
 def requested_processes() -> int:

@@ -72,7 +72,11 @@ def upload_model(folder: Path, repository: str) -> None:
         _upload(folder, repository, None)
     except ValueError as error:  # the documented error for a card, which is checked before anything is sent
         _upload(folder, repository, [CARD])
-        logger.warning(f"The hub refuses the model card, so {CARD} is not uploaded: {describe_error(error)}.")
+        why = " ".join(str(error).split())
+        logger.warning(
+            f"The hub refuses the metadata of the model card, so {CARD} is not uploaded: {why} "
+            f"Correct {str(folder / CARD)!r}, and upload it with `hf upload {repository} FILE {CARD}`."
+        )
 
 
 def _upload(folder: Path, repository: str, ignored: list[str] | None) -> None:

@@ -1,6 +1,7 @@
 """The file `run.json` in a run's folder: what the run is, and whether it has finished."""
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,13 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-_ADDED = ("environment", "noise_scale_reason", "subject", "optimizer")  # records of older versions lack them
+_ADDED = (
+    "environment",
+    "noise_scale_reason",
+    "subject",
+    "optimizer",
+    "directory",
+)  # records of older versions lack them
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class RunRecord:
         noise_scale_reason: why the run does not measure the gradient noise scale; empty if it does, or if an older
             version wrote the record.
         subject: the model, the data and the number of training rows; empty if an older version wrote the record.
+        directory: the working folder of the command, from which relative paths in `sources` start; empty for a call
+            from Python, or if an older version wrote the record.
         optimizer: the class of the optimizer and its betas; empty if an older version wrote the record.
     """
 
@@ -71,6 +80,7 @@ class RunRecord:
     environment: dict[str, str] = field(default_factory=dict)
     noise_scale_reason: str = ""
     subject: str = ""
+    directory: str = ""
     optimizer: str = ""
 
     @classmethod
@@ -104,6 +114,7 @@ class RunRecord:
             environment=dict(environment or {}),
             noise_scale_reason=noise_scale_reason,
             subject=subject,
+            directory="" if command is None else os.getcwd(),
             optimizer=optimizer,
         )
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..insight.loading import SavedModel
 from ..insight.model_card import CARD, merged_card, model_card, save_card
-from ..insight.run_metadata import RunMetadata, named_model
+from ..insight.run_metadata import Named, RunMetadata, named_model
 from ..runtime.log import logger
 from .auto_classes import auto_class_of, auto_class_of_adapters
 
@@ -26,7 +26,7 @@ def write_card(model: Any, metadata: RunMetadata, folder: Path, name: str) -> No
         name: the name that the folder will have.
     """
     try:
-        save_card(model_card(metadata, describe_model(model, folder), name), folder)
+        save_card(model_card(metadata, describe_model(model, folder, metadata.base), name), folder)
     except Exception as error:  # a card must not cost a trained model
         _report(folder, error)
 
@@ -45,34 +45,42 @@ def write_merged_card(model: Any, adapter: Path, base: str | None, folder: Path,
     try:
         earlier = (adapter / CARD).read_text(encoding="utf-8") if (adapter / CARD).is_file() else None
         trained_on = named_model(base or _read(adapter / ADAPTER).get("base_model_name_or_path"))
-        save_card(merged_card(earlier, describe_model(model, folder), trained_on, name), folder)
+        save_card(merged_card(earlier, describe_model(model, folder, trained_on), trained_on, name), folder)
     except Exception as error:
         _report(folder, error)
 
 
-def describe_model(model: Any, folder: Path) -> SavedModel:
+def describe_model(model: Any, folder: Path, base: Named | None) -> SavedModel:
     """Return what the folder of a saved model contains.
 
     Args:
         model: the model that was saved, possibly with adapters.
         folder: the folder, with all files but the card.
+        base: the model that was fine-tuned, if its name is known; None takes that of adapters from their files.
     """
     is_peft = (folder / ADAPTER).exists()
-    base = model.get_base_model() if is_peft and hasattr(model, "get_base_model") else model
-    loader, task = _loader(type(base))
+    inner = model.get_base_model() if is_peft and hasattr(model, "get_base_model") else model
+    loader, task = _loader(type(inner))
     plain = SavedModel(
-        "transformers" if isinstance(base, PreTrainedModel) else "own" if hasattr(base, "save_pretrained") else "torch",
-        type(base).__name__,
+        "transformers"
+        if isinstance(inner, PreTrainedModel)
+        else "own"
+        if hasattr(inner, "save_pretrained")
+        else "torch",
+        type(inner).__name__,
         loader,
         task,
         _processor(folder),
         has_chat_template=(folder / "chat_template.jinja").exists(),
-        classes=_classes(base, task),
+        classes=_classes(inner, task),
     )
-    return _adapters(plain, base, _read(folder / ADAPTER)) if is_peft else plain
+    if not is_peft:
+        return plain
+    adapter = _read(folder / ADAPTER)
+    return _adapters(plain, inner, adapter, base or named_model(adapter.get("base_model_name_or_path")))
 
 
-def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any]) -> SavedModel:
+def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any], name: Named | None) -> SavedModel:
     """Return what a folder of adapters contains, given their base model and their configuration."""
     auto_class = auto_class_of_adapters(adapter.get("task_type"))
     return SavedModel(
@@ -83,7 +91,7 @@ def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any]) -> SavedMod
         base.processor,
         labels=_labels(model, base.task) or None,
         classes=base.classes,
-        base=named_model(adapter.get("base_model_name_or_path")),
+        base=name,
         adapter=str(adapter["peft_type"]).lower(),
         auto_peft=None if auto_class is None else auto_class.with_adapters,
     )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from ..errors import OutputWarning, warn_user
+from ..insight.run_metadata import Named
 from ..runtime.log import logger
 from ..tracking.hub import check_hub
 from ..tracking.ledger import Ledger
@@ -13,6 +14,7 @@ from ..tracking.result import Result
 from ..tracking.run_record import RunRecord
 from .build_evaluation import EvaluatedSetup
 from .build_identity import build_record
+from .named_sources import base_model
 
 _NOT_REPEATABLE = (
     "`train_data` or `data_collator` uses its own random number generator, whose state is not saved in checkpoints. A "
@@ -27,6 +29,11 @@ class RunWithOutputs(EvaluatedSetup):
     _record: RunRecord | None = None  # what `run.json` has; only on the main process
 
     @cached_property
+    def base(self) -> Named | None:
+        """The model that is fine-tuned, if it has a name: a folder only as seen from the first working folder."""
+        return base_model(self.config)
+
+    @cached_property
     def repository(self) -> str | None:
         """The full name of the repository on the hub, once it is sure that it can be written to; None without one."""
         name = self.config.runtime.push_to_hub
@@ -39,6 +46,7 @@ class RunWithOutputs(EvaluatedSetup):
 
         This runs on the main process only. It must build no component, because the other processes would not.
         """
+        _ = self.base  # a callback may change the working folder, from which the model was loaded
         if self.callback.saves_model:  # a search records its trials itself
             self._record = build_record(
                 self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows, self.optimizer

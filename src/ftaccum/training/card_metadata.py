@@ -16,7 +16,7 @@ from ..tracking.result import Result
 from .adapter_summary import summarize_adapters
 from .build_identity import software_versions
 from .build_plan import summarize_micro_batches
-from .named_sources import base_model, training_data, validation_data
+from .named_sources import training_data, validation_data
 from .rates import summarize_optimizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -
 
 
 def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata:
-    components, data, base = run.config.components, run.data, base_model(run.config)
+    components, data, base = run.config.components, run.data, run.base
     knows_lengths = data.train.knows_lengths
     cut = summarize_micro_batches(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)

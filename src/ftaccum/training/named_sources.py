@@ -25,12 +25,12 @@ def training_data(config: RunConfig, *, is_synthetic: bool) -> Sequence[Named]:
     """Return the training data, if they have names."""
     if is_synthetic:
         return _RANDOM
-    return _named(_sources(config).get("train_data"), "train") or _of_dataset(config.components.train_data)
+    return _named(_sources(config).get("train_data"), "train") or name_of_dataset(config.components.train_data)
 
 
 def validation_data(config: RunConfig) -> Sequence[Named]:
     """Return the validation data, if they have names."""
-    return _named(_sources(config).get("val_data"), "validation") or _of_dataset(config.components.val_data)
+    return _named(_sources(config).get("val_data"), "validation") or name_of_dataset(config.components.val_data)
 
 
 def describe_subject(config: RunConfig, n_rows: int | None, *, is_synthetic: bool) -> str:
@@ -72,8 +72,11 @@ def _named(sources: str | None, split: str) -> list[Named]:
     return named
 
 
-def _of_dataset(data: Any) -> list[Named]:
-    """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its builder."""
+def name_of_dataset(data: Any) -> list[Named]:
+    """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its folder.
+
+    The name of a builder that reads files, such as "json", says nothing of the data.
+    """
     info = getattr(data, "info", None)
     addresses = [str(address) for address in getattr(info, "download_checksums", None) or ()]
     hub = {match[1] for address in addresses if (match := _ON_HUB.match(address))}
@@ -82,5 +85,6 @@ def _of_dataset(data: Any) -> list[Named]:
         config = None if config == "default" else config
         return [Named(name, on_hub=True, config=config, split=str(split) if split else None) for name in sorted(hub)]
     name = getattr(info, "dataset_name", None)
+    name = None if name == getattr(info, "builder_name", None) else name
     files = sorted({public_name(address) for address in addresses}) or ([public_name(name)] if name else [])
     return [Named(file) for file in files[:_LISTED]] + ([Named("…")] if len(files) > _LISTED else [])

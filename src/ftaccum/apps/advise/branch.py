@@ -101,7 +101,14 @@ class Branches:
     @property
     def measure(self) -> str:
         """The loss by which branches are compared."""
+        if self.has_seen_measured:
+            return "training loss on rows that no branch trains on"
         return "loss on held-out rows" if self.order.n_held else "validation loss"
+
+    @property
+    def has_seen_measured(self) -> bool:
+        """Whether the run has trained on the rows that it is measured on: without validation rows, from epoch 2 on."""
+        return bool(self.order.n_held and self.order.epoch)
 
     @property
     def n_measured(self) -> int:

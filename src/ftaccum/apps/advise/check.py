@@ -1,25 +1,27 @@
 """Run a check: print its cost, train its branches, and print what they say."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError, SettingsError
-from ...runtime.accelerator import is_first_process
+from ...errors import CheckpointError, DataError, SettingsError
+from ...runtime.accelerator import check_processes, is_first_process, launched_state
 from ...runtime.atomic_files import atomic_write
 from ...runtime.run_dir import RunDir
 from .branch import Branches
 from .experiment import CELLS, Cell, Experiment
 from .options import AdviseOptions
 from .recorded_run import RecordedRun
-from .statistics import Outcome, as_json, intervals_of, table, verdict
+from .statistics import Outcome, as_json, intervals_of, rows_of, table, verdict
 
 # Time of a forward pass / time of a forward and a backward pass. The backward pass has about twice the operations of
 # the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 _EVALUATION = 1 / 3
+_UNKNOWN_FOLDER = "If a path of the run is relative, start this command in the folder where the run was started."
 _CAVEATS = (
     "This compares batches at equal rows, near one checkpoint and at constant rates. docs/noise_scale.md says what "
     "that leaves out."
@@ -35,22 +37,23 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
         SettingsError: if the run cannot be branched, before any training.
         DataError: if its rows cannot be read.
     """
+    check_processes(launched_state().num_processes)
     run = RecordedRun.read(folder, options.checkpoint)
     experiment = run.experiment(options.share, options.seeds)
     size = run.run_with["batch_size"] if options.batch_size is None else options.batch_size
     is_main, shows = is_first_process(), runtime["verbosity"] != "quiet"
-    with _locked(folder, needed=is_main):
+    with _locked(folder, needed=is_main), _working_folder(run):
         branches = Branches.load(run, experiment, runtime | {"batch_size": size})
         if is_main:
             print(describe(run, experiment, branches, size), flush=True)
         outcomes, is_complete = _train(branches, shows=is_main and shows)
     if is_main and outcomes:
         losses = table(intervals_of(outcomes), experiment, branches.measure)
-        conclusion = verdict(outcomes, experiment, branches.measure)
+        conclusion = verdict(outcomes, experiment, branches.measure, branches.n_measured)
         print("", losses, "", conclusion, _CAVEATS, sep="\n")
         if options.json is not None:
             values = {"run": str(folder), "checkpoint": run.checkpoint.path.name}
-            values |= as_json(experiment, outcomes, branches.measure, conclusion)
+            values |= as_json(experiment, outcomes, branches.measure, branches.n_measured, conclusion)
             with atomic_write(Path(options.json).expanduser()) as partial:
                 partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
     return is_complete
@@ -64,7 +67,7 @@ def _train(branches: Branches, *, shows: bool) -> tuple[list[Outcome], bool]:
         for cell, number in todo:
             outcomes.append(branches.train(cell, number))
             if shows:
-                done, rows = f"branch {len(outcomes)} of {len(todo)}", f"{branches.experiment.size(cell):,} rows"
+                done, rows = f"branch {len(outcomes)} of {len(todo)}", f"{rows_of(branches.experiment.size(cell))}"
                 last = outcomes[-1]
                 loss = f"{branches.measure} {last.loss:.5g}, {last.seconds:.1f} s"
                 print(f"{done}: {rows}, order {number + 1}: {loss}", file=sys.stderr, flush=True)
@@ -80,6 +83,8 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
     sizes = [f"{e.size(cell):,}" for cell in CELLS if cell.scaled]
     _, is_last = run.rates
     source = "of the last update" if is_last else "the mean over the run, because the schedule has decayed by then"
+    if run.is_warming_up:
+        source += ", inside the warm-up: a later checkpoint has the full rate"
     rows, passes = n * e.rows, sum(_passes(e, cell, batch_size) for cell in CELLS) * e.seeds
     seconds = run.seconds_of(rows + round(_EVALUATION * n * branches.n_measured))
     time = "in unknown time" if seconds is None else f"about {seconds:,.0f} s at the run's speed"
@@ -92,7 +97,8 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
             f"({e.rows / whole:.1%} of the run's {whole:,}), in {e.seeds} orders",
             f"Learning rate: constant at {e.learning_rate:.3g} ({source}) for the run's batch; for the others "
             f"multiplied by {'√ratio' if e.rule == 'sqrt' else 'the ratio'} (scaled), and the same (unchanged)",
-            f"Measured: {branches.measure} after the last row, on {branches.n_measured:,} rows",
+            f"Measured: {branches.measure} after the last row, on {rows_of(branches.n_measured)}"
+            + ("; the run has trained on them in an earlier epoch" if branches.has_seen_measured else ""),
             f"Cost: {n} branches, {rows:,} rows ({rows / whole:.0%} of the run), about {passes:,} forward and backward "
             f"passes and {n} evaluations, {time}, besides starting {n} times",
         ]
@@ -102,6 +108,35 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
 def _passes(experiment: Experiment, cell: Cell, batch_size: int) -> int:
     """Return about how many forward and backward passes a branch takes, on all processes together."""
     return experiment.updates(cell) * -(-experiment.size(cell) // batch_size)
+
+
+@contextmanager
+def _working_folder(run: RecordedRun) -> Iterator[None]:
+    """Work in the folder that the run was started in, from which its relative paths start.
+
+    Raises:
+        SettingsError: if it no longer exists.
+        DataError, SettingsError: those of the block, with a hint if the folder is not known.
+    """
+    here, there = Path.cwd(), Path(run.record.directory)
+    if not there.is_dir():
+        raise SettingsError(
+            [
+                f"The run in {str(run.folder)!r} was started in the folder {str(there)!r}, which does not exist here. "
+                "Its model and its data may be named by paths that start there. Give `directory` in its run.json the "
+                "folder that now has them."
+            ]
+        )
+    os.chdir(there)  # an older version recorded no folder, and Path("") is the current one
+    try:
+        yield
+    except (DataError, SettingsError) as error:
+        if run.record.directory:
+            raise
+        hinted = f"{error} {_UNKNOWN_FOLDER}"
+        raise (SettingsError([hinted]) if isinstance(error, SettingsError) else DataError(hinted)) from error
+    finally:
+        os.chdir(here)
 
 
 @contextmanager

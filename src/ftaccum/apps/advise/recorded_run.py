@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,11 @@ from ...arguments import read_settings
 from ...checkpoint.directory import CheckpointDirectory
 from ...checkpoint.format import Checkpoint
 from ...checkpoint.manifest import damage
-from ...errors import SettingsError
+from ...errors import DataError, SettingsError
 from ...runtime.run_dir import RunDir
 from ...settings.recipe import SIZES, Recipe
 from ...tasks.arguments import TrainArguments
+from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 from ...tracking.update_times import mean_speed
 from ..run_folder import find_fault
@@ -68,7 +70,7 @@ class RecordedRun:
                     "`ftaccum train` without `--streaming`."
                 ]
             )
-        return cls(folder, record, _open(_find(folder, checkpoint, record)))
+        return cls(folder, record, _open(_find(folder, checkpoint, record).absolute()))
 
     @property
     def named(self) -> TrainArguments:
@@ -113,6 +115,16 @@ class RecordedRun:
         return steady_rate([window.learning_rate for window in self.checkpoint.windows])
 
     @property
+    def is_warming_up(self) -> bool:
+        """Whether the checkpoint lies inside the warm-up: rates have only risen, and not to the peak."""
+        rates, peak = [window.learning_rate for window in self.checkpoint.windows], self._peak
+        return rates == sorted(rates) and rates[-1] < peak * (1 - 1e-9)
+
+    @property
+    def _peak(self) -> float:
+        return self.checkpoint.metadata["trained_on"]["learning_rate"][0]
+
+    @property
     def planned_rows(self) -> int:
         """Rows that the whole run trains on, if nothing stops it early."""
         most, updates = self.record.recipe["n_epochs"] * self.n_rows, self.record.recipe.get("max_updates")
@@ -120,7 +132,7 @@ class RecordedRun:
 
     def experiment(self, share: float, seeds: int) -> Experiment:
         """Return the experiment that branches this run; for arguments and errors see `experiment_of`."""
-        (rate, _), (peak, *_) = self.rates, self.checkpoint.metadata["trained_on"]["learning_rate"]
+        (rate, _), peak = self.rates, self._peak
         if not rate or not peak:
             raise SettingsError(
                 [f"The learning rate was 0 in all {self.n_updates} updates so far. Check the run after its warm-up."]
@@ -145,8 +157,9 @@ def _find(folder: Path, checkpoint: str | None, record: RunRecord) -> Path:
     if checkpoint is None:
         newest, _ = CheckpointDirectory(checkpoints).newest_sound()
         if newest is None:
-            why = " It kept none, because `keep_checkpoints` was 0." if not record.keep_checkpoints else ""
-            raise SettingsError([f"The run in {str(folder)!r} has no sound checkpoint to continue from.{why}"])
+            raise SettingsError(
+                [f"The run in {str(folder)!r} has no sound checkpoint to continue from. {_why_none(folder, record)}"]
+            )
         return newest
     named = next((path for path in (checkpoints / checkpoint, Path(checkpoint).expanduser()) if path.is_dir()), None)
     if named is None:
@@ -155,6 +168,20 @@ def _find(folder: Path, checkpoint: str | None, record: RunRecord) -> Path:
     if wrong := damage(named):
         raise SettingsError([f"`checkpoint` is {checkpoint!r}, which is not a sound checkpoint: {wrong}."])
     return named
+
+
+def _why_none(folder: Path, record: RunRecord) -> str:
+    """Return a sentence on why a run has no sound checkpoint, and what helps."""
+    if not record.keep_checkpoints:
+        return "It kept none, because `keep_checkpoints` was 0."
+    with suppress(DataError):
+        result = Result.load(folder)
+        if not math.isfinite(result.loss_history[-1]):
+            return (
+                "The loss of its last update was not finite, and weights that are not finite are not kept. Find the "
+                "cause first, such as a too high learning rate, and train again."
+            )
+    return "They were removed, are damaged, or none was saved before the run ended. Train again."
 
 
 def _open(path: Path) -> Checkpoint:

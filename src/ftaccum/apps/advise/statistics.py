@@ -11,6 +11,12 @@ from .experiment import CELLS, Cell, Experiment
 CONFIDENCE = 0.9
 _NAMES = {0.5: "half the batch", 1.0: "the run's batch", 2.0: "twice the batch"}
 _SIGNS = {0.5: "½", 1.0: "1", 2.0: "2"}
+_NO_VERDICT = "No verdict:"
+_STILL_LEARNING = (
+    f"{_NO_VERDICT} the run is still learning at this rate. The mean loss falls with every increase of learning rate × "
+    "updates, so the check shows more progress with more or larger steps, not which batch is better. Train longer, or "
+    "compare whole runs with `ftaccum search`."
+)
 
 
 @dataclass(frozen=True)
@@ -113,40 +119,79 @@ def differences_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
     return {cell: interval_of(differences) for cell, differences in pairs.items() if differences}
 
 
-def verdict(outcomes: Sequence[Outcome], experiment: Experiment, measure: str) -> str:
+def is_still_learning(means: Mapping[Cell, float], experiment: Experiment) -> bool:
+    """Return whether every increase of learning rate × updates lowers the mean loss, over all combinations.
+
+    Half the batch has twice the updates. So its lower loss may come from the longer way alone, as where a check raises
+    a rate that has decayed to about 0.
+    """
+    if any(not math.isfinite(means.get(cell, math.inf)) for cell in CELLS):
+        return False
+    way = {cell: experiment.rate_factor(cell) * experiment.updates(cell) for cell in CELLS}
+    longer = [(a, b) for a in CELLS for b in CELLS if way[a] > way[b] * (1 + 1e-6)]
+    return all(means[a] < means[b] for a, b in longer)
+
+
+def verdict(outcomes: Sequence[Outcome], experiment: Experiment, measure: str, n_measured: int) -> str:
     """Return sentences on which batch reached the lowest loss, or why there is no verdict.
 
     There is a verdict if the lowest interval overlaps none of the other batches'. If it overlaps some, there is a
-    preference if the differences to these batches within the orders have intervals that exclude 0.
+    preference if the differences to these batches within the orders have intervals that exclude 0. There is neither if
+    `is_still_learning`.
+
+    Args:
+        outcomes: the outcomes of the branches.
+        experiment: what the branches compare.
+        measure: the name of the loss.
+        n_measured: number of rows that it is measured on.
     """
+    conclusion = _conclusion(outcomes, experiment, measure)
+    if conclusion.startswith(_NO_VERDICT):
+        return conclusion
+    if is_still_learning({cell: found.mean for cell, found in intervals_of(outcomes).items()}, experiment):
+        conclusion = _STILL_LEARNING
+    measured = rows_of(n_measured)
+    return (
+        f"{conclusion} Losses are measured on {measured}: the intervals cover the order of the training rows only, and "
+        f"not the choice of the {measured}."
+    )
+
+
+def _conclusion(outcomes: Sequence[Outcome], experiment: Experiment, measure: str) -> str:
+    """Return the verdict of the losses alone."""
     found = intervals_of(outcomes)
     finite = {cell: interval for cell, interval in found.items() if math.isfinite(interval.mean)}
     if not all(cell in found for cell in CELLS) or any(not interval.is_known for interval in finite.values()):
-        return "No verdict: the check has not trained each branch with two orders of the rows."
+        return f"{_NO_VERDICT} the check has not trained each branch with two orders of the rows."
     if not finite:
-        return "No verdict: all branches diverged. The run's learning rate is too high at this checkpoint."
+        return f"{_NO_VERDICT} all branches diverged. The run's learning rate is too high at this checkpoint."
     best = min(finite, key=lambda cell: finite[cell].mean)
     near = {c.ratio for c in finite if c.ratio != best.ratio and finite[best].overlaps(finite[c])}
-    size, rows = f"{experiment.size(best):,}", f"the same {experiment.rows:,} rows"
+    size, rows = rows_of(experiment.size(best)), f"the same {experiment.rows:,} rows"
     rate = "" if best.ratio == 1 else f" with the {_column(best)} learning rate"
     if not near:
         return (
-            f"{_NAMES[best.ratio].capitalize()} ({size} rows){rate} reached the lowest {measure} after {rows}, "
+            f"{_NAMES[best.ratio].capitalize()} ({size}){rate} reached the lowest {measure} after {rows}, "
             f"{finite[best]}. {_meaning(best.ratio, experiment)}"
         )
     close = {cell: found for cell, found in differences_of(outcomes).items() if cell.ratio in near}
     if all(difference.is_positive for difference in close.values()):
-        lower = " and ".join(f"{found} than those of {experiment.size(cell):,} rows" for cell, found in close.items())
+        lower = " and ".join(f"{found} than those of {rows_of(experiment.size(cell))}" for cell, found in close.items())
         return (
             "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates "
-            f"of {size} rows{rate} were lower by {lower}. {_meaning(best.ratio, experiment)}"
+            f"of {size}{rate} were lower by {lower}. {_meaning(best.ratio, experiment)}"
         )
-    others = " and ".join(f"{experiment.size(cell):,}" for cell in close)
+    others = " and ".join(rows_of(experiment.size(cell)) for cell in close)
     return (
-        f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size} rows overlaps those of {others} rows, and the "
+        f"{_NO_VERDICT} the {CONFIDENCE:.0%} interval of updates of {size} overlaps those of {others}, and the "
         f"differences within each order of the rows do not exclude 0. More `--seeds` or a larger `--share` measure "
         "smaller differences. Otherwise choose the batch by time and memory."
     )
+
+
+def rows_of(n_rows: int) -> str:
+    """Return a number of rows, such as "1 row"."""
+    return f"{n_rows:,} row" + ("" if n_rows == 1 else "s")
 
 
 def _meaning(ratio: float, experiment: Experiment) -> str:
@@ -188,7 +233,9 @@ def _column(cell: Cell) -> str:
     return "scaled" if cell.scaled else "unchanged"
 
 
-def as_json(experiment: Experiment, outcomes: Sequence[Outcome], measure: str, described: str) -> dict[str, Any]:
+def as_json(
+    experiment: Experiment, outcomes: Sequence[Outcome], measure: str, n_measured: int, described: str
+) -> dict[str, Any]:
     """Return all statistics as JSON has them, with null for the loss of a branch that diverged."""
 
     def named(cell: Cell) -> dict[str, Any]:
@@ -208,6 +255,7 @@ def as_json(experiment: Experiment, outcomes: Sequence[Outcome], measure: str, d
     return {
         "rows": experiment.rows,
         "measure": measure,
+        "measured_rows": n_measured,
         "rule": experiment.rule,
         "confidence": CONFIDENCE,
         "branches": [
