@@ -46,7 +46,7 @@ def trained(model: nn.Module, rows: Sequence[Row], **arguments: Any) -> Trained:
         arguments: of `test_fine_tuning`. `optimizer` may be a function of the model, marked by `of_model`.
     """
     sizes = {} if "effective_batch_size" in arguments else {"gradient_accumulation_steps": 2}
-    given = {"train_data": rows[:7], "val_data": rows[4:9], "batch_size": 1, "n_epochs": 2, "audit": True}
+    given = {"train_data": rows[:7], "val_data": rows[4:9], "batch_size": 1, "n_epochs": 2, "audit": 2}
     common = {"learning_rate": 1e-3, "gradient_clip_norm": 0.5, "progress": False, "verbosity": "quiet"}
     if getattr(arguments.get("optimizer"), "of_model", False):
         arguments["optimizer"] = arguments["optimizer"](model)

@@ -25,7 +25,7 @@ def differences(two_processes: Callable[..., str], names: Sequence[str]) -> dict
         assert each["moved"] is None or each["moved"] > 20 * each["tolerance"], (name, each)
         assert each["skipped"] == [each["skipped"][1]] * 4, (name, each)
         if CASES[name].arguments.get("audit", True):
-            assert each["n_audits"] > 1
+            assert each["n_audits"] >= 1
             assert each["references"] == ["one batch"]
             assert each["audits"] < (CASES[name].of_audits or each["tolerance"]), (name, each)
     return found
@@ -97,7 +97,7 @@ def test_running_out_of_memory_on_one_process_changes_no_update(two_processes: C
     quiet = ("auto", "in an evaluation")  # no update is run again
     assert all((each["times"] > 0) is (name not in quiet) for name, each in found.items()), found
     assert found["auto"]["batch_size"] == 2
-    assert found["audited"]["references"] == ["another cut"]
+    assert set(found["audited"]["references"]) == {"another cut"}
     assert found["audited"]["audits"] < 1e-12
 
 

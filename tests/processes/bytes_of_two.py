@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from ftaccum import test_fine_tuning
 from ftaccum.accumulation.accumulator import GradientAccumulator
+from ftaccum.objective import signed_sums
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -159,8 +160,8 @@ def run(keep: Callable[[nn.Module], Any], **arguments: Any) -> dict[str, dict[st
     held, kept = Held(model), keep(model)
     if callable(kept):
         held.after_pass = kept
-    # The table of random signs, of a fixed size, that measuring a loss leaves in a cache.
-    with counted_passes(held), patch("ftaccum.objective.gradient_sketch._SIGNS", 64):
+    # The table of random signs, of a fixed size, that measuring a loss would leave in a cache.
+    with counted_passes(held), patch.object(signed_sums, "_random_signs", signed_sums._random_signs.__wrapped__):
         test_fine_tuning(
             model, train_data=ROWS, optimizer=partial(CountingAdamW, held), n_epochs=2, batch_size=1,
             effective_batch_size=6, progress=False, callbacks=[CountAtStart(held)],
