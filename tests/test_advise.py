@@ -498,6 +498,7 @@ def test_an_estimate_is_described_with_its_interval() -> None:
     assert "1.60 times as useful (90% interval: 1.52 to 1.67)" in said
     assert "up to about 190 rows" in said
     assert "64 rows are below that" in said
+    assert "200 rows are within the interval" in "\n".join(describe_advice(noise | {"rows": 200}))
     assert "300 rows are above that" in "\n".join(describe_advice(noise | {"rows": 300}))
     noise |= {"signal_share_lower": 0.0, "noise_rows": math.nan, "noise_rows_of_data": math.nan}
     assert "It may reach past this run's 300 rows" in "\n".join(describe_advice(noise | {"rows": 300}))

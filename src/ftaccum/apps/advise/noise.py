@@ -80,10 +80,12 @@ def _useful(noise: Mapping[str, Any]) -> str:
     """Return a sentence on the batches up to the noise scale, whose signal share is a half or less: 2 / 1.5 = 1.33."""
     rows, bounded = noise["rows"], is_bounded(noise)
     upto = noise["noise_rows" if bounded else "noise_rows_lower"]
-    if rows < upto:
+    if rows < noise["noise_rows_lower"]:
         where = f"This run's {rows:,} rows are below that"
-    elif bounded:
+    elif bounded and rows > noise["noise_rows_upper"]:
         where = f"This run's {rows:,} rows are above that"
+    elif bounded:
+        where = f"This run's {rows:,} rows are within the interval, so whether they are below that is not clear"
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
     end = f"about {rounded(upto)} rows" if bounded else f"{rounded(upto)} rows or more"
