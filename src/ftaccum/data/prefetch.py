@@ -32,11 +32,9 @@ class LocalWindow:
 
     @property
     def work(self) -> Work:
-        """The numbers of passes, rows, tokens and positions in it."""
-        everything = Work(passes=len(self.micro_batches))
-        for micro in self.micro_batches:
-            everything.merge(Work(len(micro.slice.rows), micro.tokens, micro.positions))
-        return everything
+        """The numbers of tokens, positions and passes in it."""
+        tokens, positions = (sum(getattr(m, name) for m in self.micro_batches) for name in ("tokens", "positions"))
+        return Work(tokens, positions, len(self.micro_batches))
 
 
 @dataclass
@@ -68,7 +66,7 @@ class WindowLoader:
         """Do the same as `again`, but on this process alone."""
         share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
-        return LocalWindow(local_window.window, planner, *in_halves(micro_batches, share.n_first), share.seed)
+        return LocalWindow(local_window.window, planner, *_in_halves(micro_batches, share.n_first), share.seed)
 
     def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
         # Workers take shares ahead of time, so each window is kept with the planner that split it.
@@ -84,7 +82,7 @@ class WindowLoader:
             window, planner, share = cut.pop(0)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(_describe_cut(window, micro_batches))
-            yield LocalWindow(window, planner, *in_halves(micro_batches, share.n_first), share.seed)
+            yield LocalWindow(window, planner, *_in_halves(micro_batches, share.n_first), share.seed)
 
     def _local_rows(self, window: Window) -> LocalRows:
         cut = self._cut(window)
@@ -100,7 +98,7 @@ class WindowLoader:
         return self.plan.seed, window.index
 
 
-def in_halves(micro_batches: list[MicroBatch], n_first: int | None) -> tuple[list[MicroBatch], int | None]:
+def _in_halves(micro_batches: list[MicroBatch], n_first: int | None) -> tuple[list[MicroBatch], int | None]:
     """Return the micro-batches in the order to run them, and how many of them are in the first half.
 
     If only the first half has loss items, all dummies come first, and it cannot be measured. The last pass must not be

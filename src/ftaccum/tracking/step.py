@@ -28,7 +28,7 @@ class StepResult:
     """The outcome of one window. `losses` are those of this process and stay on the device.
 
     Attributes:
-        work: rows, token positions and passes of this process.
+        work: tokens, token positions and passes of this process.
         rows: rows of the window, over all processes.
         losses: mean losses over this process's micro-batches.
         grad_norm: total gradient norm before clipping, synced and unscaled.

@@ -1,23 +1,15 @@
-"""The amount of work in a window or in several."""
+"""The amount of work in a window."""
 
 from dataclasses import dataclass, replace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """Rows, tokens, token positions with padding (`positions`), and forward passes, on one process."""
+    """Tokens, token positions with padding (`positions`), and forward passes, on one process."""
 
-    rows: int = 0
-    tokens: int = 0
-    positions: int = 0
-    passes: int = 0
-
-    def merge(self, other: "Work") -> None:
-        """Add the work of another."""
-        self.rows += other.rows
-        self.tokens += other.tokens
-        self.positions += other.positions
-        self.passes += other.passes
+    tokens: int
+    positions: int
+    passes: int
 
     def with_passes(self, times: int) -> "Work":
         """Return the same work with each pass counted several times."""
