@@ -317,19 +317,21 @@ def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatc
 
 
 class Branches(nn.Module):
-    """A model with a layer that only rows of one kind use."""
+    """A model with a layer for each of two kinds of rows, which no other rows use."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.head, self.rare = nn.Embedding(20, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.of_kinds = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
         self.double()
 
     def forward(self, input_ids: Tensor, kind: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.embedding(input_ids)
         logits = self.head(hidden)
-        if (kind == 1).any():
-            logits = logits + self.rare(hidden) * (kind == 1)[:, None, None]
+        for number, layer in enumerate(self.of_kinds):
+            if (kind == number).any():
+                logits = logits + layer(hidden) * (kind == number)[:, None, None]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return {"loss": loss, "logits": logits}
 
@@ -357,7 +359,7 @@ def test_a_half_without_loss_items_changes_no_weight_that_the_other_half_leaves_
 
 def test_the_estimate_is_for_the_rows_of_a_full_update_or_of_all_data() -> None:
     head = HEADS[CLASSES]
-    for n_rows, effective, wanted in ((40, 16, 16), (20, 32, 20)):
+    for n_rows, effective, wanted in ((56, 32, 32), (20, 32, 20)):
         result = test_fine_tuning(
             head.model(), train_data=head.rows(n_rows), batch_size=4, n_epochs=2, validation_split=0.0, progress=False,
             **MEASURED | {"effective_batch_size": effective},
