@@ -8,20 +8,25 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import chats, minilm, movies, smollm, words
+from . import chats, glosses, letters_t5, minilm, movies, pronunciations, small_llama, smollm, words
 from .chats import CHATS_TRAIN, CHATS_VAL
 from .files import CACHE
+from .glosses import GLOSSES_TRAIN, GLOSSES_VAL
+from .letters_t5 import LETTERS_T5
 from .minilm import MINILM
 from .movies import MOVIES_TRAIN, MOVIES_VAL
+from .pronunciations import PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL
+from .small_llama import SMALL_LLAMA
 from .smollm import SMOLLM
 from .words import WORDS_TRAIN, WORDS_VAL
 
 __all__ = [
-    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL",
+    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "GLOSSES_TRAIN", "GLOSSES_VAL", "LETTERS_T5", "MINILM", "MOVIES_TRAIN",
+    "MOVIES_VAL", "PRONUNCIATIONS_TRAIN", "PRONUNCIATIONS_VAL", "SMALL_LLAMA", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL",
     "prepare",
 ]  # fmt: skip
 
-_SOURCES = (chats, minilm, movies, smollm, words)
+_SOURCES = (chats, glosses, letters_t5, minilm, movies, pronunciations, small_llama, smollm, words)
 
 
 def prepare(*names: Any) -> None:

@@ -51,8 +51,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write rows as JSON lines to a file, which appears only when it is complete."""
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines to a text file, which appears only when it is complete."""
     with beside(path).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(line + "\n" for line in lines)
     beside(path).rename(path)
 
 

