@@ -10,7 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 import packaged
+from packaged import glosses, pronunciations
 from packaged.chats import as_messages
+from packaged.letters_t5 import letter_tokenizer
+from packaged.small_llama import byte_tokenizer
 from packaged.words import as_pairs
 
 
@@ -48,6 +51,32 @@ def test_a_definition_and_a_word_are_in_one_pair_at_most() -> None:
         ("a very hard kind of coal", "jet"),
         ("to move through the air", "fly"),
     ]
+
+
+def test_a_definition_is_in_one_entry_of_the_dictionary() -> None:
+    definitions = {"car": ["a motor vehicle", "a cabin"], "auto": ["a motor vehicle "], "empty": [" "]}
+    assert glosses.as_entries(definitions) == ["auto, car: a motor vehicle", "car: a cabin"]
+
+
+def test_a_word_has_one_pronunciation_without_stress() -> None:
+    lines = ["abbey AE1 B IY0 # place", "abbey(2) AE1 B EY0", "'em AH0 M", "a.m. EY1 EH1 M"]
+    assert pronunciations.as_pairs(lines) == [("abbey", "AE B IY"), ("'em", "AH M")]
+
+
+def test_letters_and_phonemes_are_tokens() -> None:
+    tokenizer = letter_tokenizer()
+    assert tokenizer.tokenize("don't") == ["d", "o", "n", "'", "t"]
+    assert tokenizer.tokenize("D OW N T") == ["D", "OW", "N", "T"]
+    ids = tokenizer("D OW N T")["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "D OW N T"
+
+
+def test_any_text_can_be_encoded_by_bytes() -> None:
+    tokenizer = byte_tokenizer(["a motor vehicle", "a motor boat"])
+    assert "Ġmotor" in tokenizer.tokenize("a motor")
+    assert tokenizer.decode(tokenizer("naïve 🦜 motors")["input_ids"]) == "naïve 🦜 motors"
 
 
 def test_only_files_that_are_named_and_missing_are_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

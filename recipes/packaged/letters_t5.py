@@ -41,9 +41,9 @@ def letter_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [_PAD, _END, _UNKNOWN, *_LETTERS, *PHONEMES]
+    tokens = [_PAD, _END, _UNKNOWN, *_LETTERS, *PHONEMES.split()]
     words = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token=_UNKNOWN))
-    single = pre_tokenizers.Split(Regex(r"[A-Z]+|[^A-Z\s]"), behavior="isolated")
+    single = pre_tokenizers.Split(Regex("[^A-Z]"), behavior="isolated")
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), single])
     words.post_processor = processors.TemplateProcessing(
         single=f"$A {_END}", special_tokens=[(_END, tokens.index(_END))]

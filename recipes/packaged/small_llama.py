@@ -54,6 +54,4 @@ def byte_tokenizer(lines: Iterable[str]) -> Any:
         vocab_size=_VOCABULARY, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
     )
     pairs.train_from_iterator((line.strip() for line in lines), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pairs, eos_token=_END, pad_token=_END, model_max_length=512
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=_END, pad_token=_END, model_max_length=512)
