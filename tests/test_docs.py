@@ -73,7 +73,7 @@ def text_files() -> dict[str, Any]:
     rows = Dataset.from_dict({"text": REVIEWS, "label": LABELS})
     loaded = Loaded(classifier(), word_tokenizer(), rows, None, None, classifier)
     run = ftaccum.test_fine_tuning
-    return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded)}
+    return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded, F1=ftaccum.F1)}
 
 
 def csv_file() -> dict[str, Any]:
