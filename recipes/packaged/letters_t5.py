@@ -22,8 +22,8 @@ def prepare() -> None:
         vocab_size=len(tokenizer),
         d_model=128,
         d_kv=32,
-        d_ff=512,
-        num_layers=2,
+        d_ff=256,
+        num_layers=3,
         num_heads=4,
         dropout_rate=0.0,  # one epoch of these words does not overfit
         pad_token_id=tokenizer.pad_token_id,
