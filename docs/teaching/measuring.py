@@ -9,6 +9,7 @@ second run in the same process would show the larger of the two peaks.
 """
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -81,16 +82,13 @@ def peak_memory(function: Callable[..., Any], *arguments: Any, warm_up: tuple[An
 
 
 def high_water_mark() -> int:
-    """Return the most bytes that this process has had in memory so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux, ru_maxrss of a new process starts at the peak of the process that started it: a child of a process
-        # of 300 MB reports 300 MB. VmHWM starts with the program.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    import resource
+    """Return the most bytes that this process has had in memory so far.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    On Linux, the peak of a program starts at that of the process that started it: a child of a process of 300 MB has a
+    peak of 300 MB at once. A process that was forked and starts no program does not inherit the peak.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _run_all(folder: Path) -> None:
