@@ -10,7 +10,7 @@ from .habit_loop import LOOPS, train
 from .job import Job, accelerator
 
 _ON_A_GPU = {"pixels": 128, "channels": 128, "n_images": 320}
-_ON_A_CPU = {"pixels": 8, "channels": 8, "n_images": 160}  # shows only that it works
+_ON_A_CPU = {"pixels": 8, "channels": 8, "n_images": 80}  # shows only that it works
 _MOST_ROUNDS = 10
 _SHARE = 0.7  # of the part's time; the rest is for the start of the process
 
