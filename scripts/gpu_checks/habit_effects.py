@@ -8,7 +8,7 @@ from statistics import median
 from .habit_loop import HABITS
 
 NO_EFFECT, NOT_MEASURED = "no effect", "not measured"
-_NOISE = 0.05  # of a peak on a CPU; a few repeated runs differed by more than 2%, most by less than 1%
+_NOISE = 0.05  # of a peak on a CPU; one of about 60 runs was off by more than 2%
 
 
 def memory_effects(peaks: Mapping[str, float | None]) -> dict[str, str]:
