@@ -14,8 +14,6 @@ The packaged encoder was trained to compare sentences and has no head for words.
 embeddings, which it shares with the encoder.
 """
 
-from accelerate import PartialState
-
 import packaged
 from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
@@ -23,10 +21,7 @@ from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuni
 def main(options: ScriptOptions) -> Result:
     packaged.prepare(*options.data.values())
     loaded = load_task(**options.data)
-    result = test_fine_tuning(**loaded.arguments(), **options.settings)
-    if result.metrics:
-        PartialState().print(f"Held-out accuracy of masked tokens: {result.metrics[-1]['token_accuracy']:.1%}")
-    return result
+    return test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ among the training definitions, or among the held-out ones. The saved model in O
 `AutoModelForMultipleChoice.from_pretrained(...)`.
 """
 
-from accelerate import PartialState
-
 import packaged
 from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
@@ -24,10 +22,7 @@ from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuni
 def main(options: ScriptOptions) -> Result:
     packaged.prepare(*options.data.values())
     loaded = load_task(**options.data)
-    result = test_fine_tuning(**loaded.arguments(), **options.settings)
-    if result.metrics:
-        PartialState().print(f"Held-out accuracy: {result.metrics[-1]['accuracy']:.1%}")
-    return result
+    return test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ generated from the labels of their words: "Which part is the city?". The saved m
 `AutoModelForQuestionAnswering.from_pretrained(...)`.
 """
 
-from accelerate import PartialState
-
 import packaged
 from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
@@ -24,12 +22,7 @@ from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuni
 def main(options: ScriptOptions) -> Result:
     packaged.prepare(*options.data.values())
     loaded = load_task(**options.data)
-    result = test_fine_tuning(**loaded.arguments(), **options.settings)
-    if result.metrics:
-        PartialState().print(
-            f"Held-out exact match: {result.metrics[-1]['exact_match']:.1%}, F1: {result.metrics[-1]['f1']:.1%}"
-        )
-    return result
+    return test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -75,37 +74,32 @@ def _train(name: str, words: list[str], folder: Path) -> str:
     return str(folder / "out" / "model")
 
 
-def test_token_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_token_classification(tmp_path: Path) -> None:
     model = _train("token_classification", token_classification_words(tmp_path), tmp_path)
-    assert "Held-out accuracy of words: " in capsys.readouterr().out
     found = pipeline("token-classification", model)("a film")
     assert [each["word"] for each in found] == ["a", "film"]
     assert {each["entity"] for each in found} <= {"noun", "other"}
 
 
-def test_question_answering(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_question_answering(tmp_path: Path) -> None:
     model = _train("question_answering", question_answering_words(tmp_path), tmp_path)
-    assert "Held-out exact match: " in capsys.readouterr().out
     tokens = AutoTokenizer.from_pretrained(model)("where ?", "Ann lives in New York", return_tensors="pt")
     assert AutoModelForQuestionAnswering.from_pretrained(model)(**tokens).start_logits.shape == (1, len(tokens[0]))
 
 
-def test_multiple_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_multiple_choice(tmp_path: Path) -> None:
     model = _train("multiple_choice", multiple_choice_words(tmp_path), tmp_path)
-    assert "Held-out accuracy: " in capsys.readouterr().out
     tokens = AutoTokenizer.from_pretrained(model)(["where"] * 2, ["ann", "york"], padding=True, return_tensors="pt")
     rows = {name: values[None] for name, values in tokens.items()}
     assert AutoModelForMultipleChoice.from_pretrained(model)(**rows).logits.shape == (1, 2)
 
 
-def test_masked_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masked_lm(tmp_path: Path) -> None:
     model = _train("masked_lm", masked_lm_words(tmp_path), tmp_path)
-    assert "Held-out accuracy of masked tokens: " in capsys.readouterr().out
     assert len(pipeline("fill-mask", model)("a good [MASK]", top_k=2)) == 2
 
 
-def test_image_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_classification(tmp_path: Path) -> None:
     model = _train("image_classification", image_classification_words(tmp_path), tmp_path)
-    assert "Held-out accuracy: " in capsys.readouterr().out
     found = pipeline("image-classification", model)(Image.new("RGB", (9, 7)))
     assert {each["label"] for each in found} == {"dark", "light"}
