@@ -1,7 +1,7 @@
 """Train a masked language model on plain text.
 
     python recipes/masked_lm.py --config recipes/masked_lm.yaml     # packaged encoder and sentences of film reviews
-    python recipes/masked_lm.py --model bert-base-uncased --train_data stanfordnlp/imdb --columns text=text \\
+    python recipes/masked_lm.py --model bert-base-uncased --train_data stanfordnlp/imdb \\
         --max_length 256 --batch_size 16 --effective_batch_size 256
     python recipes/masked_lm.py --train_data corpus.txt --output_dir outputs/mine
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/masked_lm.py --config recipes/masked_lm.yaml
@@ -32,5 +32,4 @@ if __name__ == "__main__":
         model=packaged.MINILM,
         train_data=packaged.MOVIES_TRAIN,
         val_data=packaged.MOVIES_VAL,
-        columns=("text=text",),
     )

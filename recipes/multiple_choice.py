@@ -4,7 +4,7 @@
     python recipes/multiple_choice.py --model bert-base-uncased --train_data Rowan/hellaswag \\
         --val_data Rowan/hellaswag --batch_size 4 --effective_batch_size 32
     python recipes/multiple_choice.py --train_data train.jsonl --val_data val.jsonl \\
-        --columns context=question,label=answer --output_dir outputs/mine
+        --columns context=question,label=right --output_dir outputs/mine
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/multiple_choice.py \\
         --config recipes/multiple_choice.yaml
 
@@ -33,5 +33,4 @@ if __name__ == "__main__":
         model=packaged.MINILM,
         train_data=packaged.CHOICES_TRAIN,
         val_data=packaged.CHOICES_VAL,
-        columns=("context=definition", "label=word"),
     )

@@ -97,10 +97,10 @@ def answers() -> dict[str, float]:
 def choices() -> dict[str, float]:
     """Return the shares of held-out rows whose right word is chosen, with the encoder as it is, without training."""
     rows = _rows(packaged.CHOICES_VAL)
-    texts = sorted({text for row in rows for text in (row["definition"], *row["choices"])})
+    texts = sorted({text for row in rows for text in (row["context"], *row["choices"])})
     vectors = dict(zip(texts, _embeddings(texts), strict=True))
-    chosen = [max(row["choices"], key=lambda word: float(vectors[row["definition"]] @ vectors[word])) for row in rows]
-    right = [word == row["word"] for word, row in zip(chosen, rows, strict=True)]
+    chosen = [max(row["choices"], key=lambda word: float(vectors[row["context"]] @ vectors[word])) for row in rows]
+    right = [word == row["answer"] for word, row in zip(chosen, rows, strict=True)]
     return {"chance": 1 / len(rows[0]["choices"]), "cosine of MiniLM's embeddings": float(np.mean(right))}
 
 

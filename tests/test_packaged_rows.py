@@ -62,10 +62,10 @@ def test_wrong_choices_have_the_most_similar_definitions_and_none_of_them_is_rig
         "coal": ["black and very hard"],
     }
     rows = list(as_choices([(texts[0], word) for word, texts in definitions.items()], definitions))
-    assert [row["word"] for row in rows] == list(definitions)
+    assert [row["answer"] for row in rows] == list(definitions)
     assert set(rows[0]["choices"]) == {"jet", "kite", "drone", "glider"}  # "plane" has the definition, too
-    assert all(row["word"] in row["choices"] and len(set(row["choices"])) == 4 for row in rows)
-    assert len({row["choices"].index(row["word"]) for row in rows}) > 1
+    assert all(row["answer"] in row["choices"] and len(set(row["choices"])) == 4 for row in rows)
+    assert len({row["choices"].index(row["answer"]) for row in rows}) > 1
 
 
 def test_a_digit_is_saved_from_black_to_white(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ _WRONG = 3  # wrong words in a row
 
 
 def prepare() -> None:
-    """Prepare rows {"definition": ..., "choices": [four words], "word": ...}. The same 2,000 are always held out."""
+    """Prepare rows {"context": definition, "choices": [four words], "answer": word}.
+
+    The same 2,000 rows are always held out.
+    """
     definitions, frequencies = words.read()
     train, held_out = words.split_pairs(definitions, frequencies)
     write_jsonl(CHOICES_VAL, as_choices(held_out, definitions))
@@ -35,7 +38,7 @@ def as_choices(pairs: Sequence[tuple[str, str]], definitions: Mapping[str, Seque
         wrong = [pairs[n][1] for n in others if definition not in definitions[pairs[n][1]]]
         choices = [word, *wrong[:_WRONG]]
         draw.shuffle(choices)
-        yield {"definition": definition, "choices": choices, "word": word}
+        yield {"context": definition, "choices": choices, "answer": word}
 
 
 def _neighbours(texts: Sequence[str], n_most: int = 20) -> Iterator[list[int]]:
@@ -48,4 +51,5 @@ def _neighbours(texts: Sequence[str], n_most: int = 20) -> Iterator[list[int]]:
         alike = (vectors[start : start + 1000] @ vectors.T).toarray()
         for n, row in enumerate(alike, start):
             row[n] = -1
-            yield np.argsort(-row, kind="stable")[:n_most].tolist()
+            most = np.argpartition(-row, min(n_most, len(row) - 1))[:n_most]
+            yield most[np.argsort(-row[most], kind="stable")].tolist()
