@@ -1,6 +1,7 @@
 """Questions about addresses, which are generated from the labels in the package usaddress, MIT."""
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,8 +35,10 @@ _AROUND = " ,.;()"  # what an answer does not begin or end with
 def prepare() -> None:
     """Prepare questions about addresses in the form of SQuAD. Those about the 300 held-out addresses are held out."""
     train, held_out = addresses.read()
-    write_jsonl(QUESTIONS_VAL, as_questions(held_out))
-    write_jsonl(QUESTIONS_TRAIN, as_questions(train))
+    for path, part in ((QUESTIONS_VAL, held_out), (QUESTIONS_TRAIN, train)):
+        questions = list(as_questions(part))
+        random.Random(0).shuffle(questions)  # the first ones then ask about many addresses
+        write_jsonl(path, questions)
 
 
 def as_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
