@@ -56,7 +56,7 @@ def test_wrong_choices_have_the_most_similar_definitions_and_none_of_them_is_rig
     definitions = {
         "jet": ["a fast machine that flies"],
         "kite": ["a light machine that flies"],
-        "plane": ["a machine that flies with wings", "a fast machine that flies"],
+        "plane": ["a fast machine that flies straight", "a fast machine that flies"],
         "drone": ["a small machine that flies"],
         "glider": ["a quiet machine that flies"],
         "coal": ["black and very hard"],
