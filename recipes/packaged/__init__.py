@@ -8,20 +8,26 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import chats, minilm, movies, smollm, words
+from . import addresses, chats, choices, digits, minilm, movies, questions, small_vit, smollm, words
+from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
 from .chats import CHATS_TRAIN, CHATS_VAL
+from .choices import CHOICES_TRAIN, CHOICES_VAL
+from .digits import DIGITS_TRAIN, DIGITS_VAL
 from .files import CACHE
 from .minilm import MINILM
 from .movies import MOVIES_TRAIN, MOVIES_VAL
+from .questions import QUESTIONS_TRAIN, QUESTIONS_VAL
+from .small_vit import SMALL_VIT
 from .smollm import SMOLLM
 from .words import WORDS_TRAIN, WORDS_VAL
 
 __all__ = [
-    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL",
-    "prepare",
+    "ADDRESSES_TRAIN", "ADDRESSES_VAL", "CACHE", "CHATS_TRAIN", "CHATS_VAL", "CHOICES_TRAIN", "CHOICES_VAL",
+    "DIGITS_TRAIN", "DIGITS_VAL", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL", "QUESTIONS_TRAIN", "QUESTIONS_VAL",
+    "SMALL_VIT", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL", "prepare",
 ]  # fmt: skip
 
-_SOURCES = (chats, minilm, movies, smollm, words)
+_SOURCES = (addresses, chats, choices, digits, minilm, movies, questions, small_vit, smollm, words)
 
 
 def prepare(*names: Any) -> None:
