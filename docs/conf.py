@@ -23,7 +23,8 @@ extensions = [
     "repository_links",
     "declared_arguments",
     "declared_options",
-    "shared_descriptions",
+    "docstrings",
+    "short_cells",
 ]
 exclude_patterns = ["_build", "examples", "teaching/outputs"]
 
@@ -46,6 +47,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_inherit_docstrings = False
+autoclass_content = "both"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -56,6 +59,8 @@ nitpick_ignore_regex = [  # other projects' names, and types of attributes that 
     (r"py:class", r"ftaccum\.(planning|apps)\..*"),
 ]
 python_maximum_signature_line_length = 88
+
+smartquotes_action = "D"  # dashes, but no other quotes: code and options are quoted in texts
 
 html_theme = "furo"
 html_title = "ftaccum"

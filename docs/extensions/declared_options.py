@@ -44,10 +44,10 @@ def _code(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape the marks of Markdown outside the code spans of a help text."""
+    """Escape the marks of Markdown outside the code spans of a help text, and link the pages that it names."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([\\|*<\[\]])", r"\\\1", part) for part in parts[::2]]
-    return "`".join(parts)
+    return re.sub(r"`docs/(\w+\.md)`", r"[\1](../\1)", "`".join(parts))
 
 
 def _read(_app: Sphinx, _docname: str, source: list[str]) -> None:
