@@ -27,7 +27,7 @@ from measuring import DEVICE, machine
 from workloads import movies
 
 MICRO_BATCHES, ROWS_PER_UPDATE, ROUNDS = (1, 2, 4, 8, 16, 32, 64), 64, 3
-UPDATES_OF, RATES, SEEDS, EPOCHS = (8, 32, 128, 512), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (0, 1, 2), 5
+UPDATES_OF, RATES, SEEDS, EPOCHS = (8, 32, 128, 512), (5e-4, 1e-3, 2e-3, 4e-3), (0, 1, 2), 5
 BETA2, REFERENCE = 0.999, 32  # β2 at this number of rows per update
 
 
