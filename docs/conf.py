@@ -32,11 +32,11 @@ exclude_patterns = ["_build", "examples", "teaching/outputs"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.strikethrough"]
 
 # Teaching pages: executed in each build, in a temporary folder, with this checkout's package.
 nb_execution_mode = os.environ.get("FTACCUM_DOCS_EXECUTION", "force")
 nb_execution_timeout = 600
+suppress_warnings = [] if nb_execution_mode == "force" else ["myst-nb.lexer"]  # known from the kernel
 nb_execution_raise_on_error = False  # a failed page is a warning, which fails the build, with its traceback
 nb_execution_in_temp = True
 nb_execution_show_tb = True
