@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # the other processes reuse its files
-        packaged.prepare_named(sources.model, sources.train_data, sources.val_data)
+        packaged.prepare(sources.model, sources.train_data, sources.val_data)
         loaded = load(sources, settings)
     if loaded.val is not None and sources.max_val_rows is not None:
         loaded = replace(loaded, val=loaded.val.select(range(min(sources.max_val_rows, len(loaded.val)))))

@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> None:
     parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # the other processes reuse its files
-        packaged.prepare_named(sources.model, sources.train_data, sources.val_data)
+        packaged.prepare(sources.model, sources.train_data, sources.val_data)
         columns, pairs = (sources.anchor, sources.positive), {}
         pairs["train_data"] = read_pairs(sources.train_data, columns, sources.max_train_rows)
         if sources.val_data is not None:

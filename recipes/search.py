@@ -15,61 +15,29 @@ The best trial had k = 1, a learning rate of 8.9e-5, a validation loss of 0.443 
 held-out sentences.
 """
 
-import sys
-from dataclasses import dataclass, field
-
 from accelerate import PartialState
+from optuna import Study
 
 import packaged
-from ftaccum import DataError, SettingsError, search
-from ftaccum.apps.help import HelpPage
-from ftaccum.apps.parser import parse
-from ftaccum.apps.search.settings import SearchSettings, SpaceArguments, TrialRecipe
-from ftaccum.apps.search.space import read_dimensions
-from ftaccum.apps.search.tables import best_trial
-from ftaccum.settings.runtime import Runtime
-from ftaccum.tasks.arguments import TrainArguments
-from ftaccum.tasks.load import load_factory
-
-_PAGE = HelpPage("python recipes/search.py [options]", __doc__ or "")
+from ftaccum import ScriptOptions, load_task, run_script, search
 
 
-@dataclass
-class Sources(TrainArguments):
-    """Model and data: the arguments of `ftaccum search`, with the packaged model and rows as defaults."""
-
-    model: str = field(default=str(packaged.MINILM), metadata={"help": "folder or hub name of the model"})
-    train_data: str = field(
-        default=str(packaged.MOVIES_TRAIN), metadata={"help": "CSV, JSON or Parquet file, or hub name[:config]"}
-    )
-
-
-def main(arguments: list[str]) -> None:
-    kinds = [Sources, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
-    sources, varied, settings, recipe, runtime = parse(kinds, arguments, page=_PAGE)
-    packaged.prepare_named(sources.model, sources.train_data)
-    model_factory, loaded = load_factory(sources, vars(recipe))
-
-    study = search(
-        model_factory,
-        **loaded.arguments(),
-        accumulation_steps=varied.accumulation_steps,
-        learning_rate=varied.learning_rate,
-        space=read_dimensions(varied.space),
-        **vars(settings),
-        **vars(recipe),
-        **vars(runtime),
-    )
-
-    best = best_trial(study)
-    if PartialState().is_main_process and best is not None and best.user_attrs["metrics"]:
-        print(f"Held-out accuracy of the best: {best.user_attrs['metrics']['accuracy']:.1%}")
-    PartialState().destroy_process_group()
+def main(options: ScriptOptions) -> Study:
+    packaged.prepare(*options.data.values())
+    study = search(**load_task(**options.data).search_arguments(), **options.settings)
+    if study.best_trials:
+        best = study.best_trial
+        PartialState().print(f"Held-out accuracy of the best: {best.user_attrs['metrics']['accuracy']:.1%}")
+    return study
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (SettingsError, DataError) as error:
-        print(f"search: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(
+        main,
+        __doc__,
+        task="text-classification",
+        searches=True,
+        model=packaged.MINILM,
+        train_data=packaged.MOVIES_TRAIN,
+        output_dir="outputs/search",
+    )

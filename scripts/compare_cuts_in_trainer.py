@@ -1,6 +1,6 @@
 """Compare the padding of one epoch in Trainer: arrival, `batch_rebalance` and the planner, at the same k, untimed.
 
-The rows are short film reviews (recipes/packaged.py) on one process, in the same order for all three.
+The rows are short film reviews (recipes/packaged) on one process, in the same order for all three.
 
     .venv/bin/python scripts/compare_cuts_in_trainer.py
 """

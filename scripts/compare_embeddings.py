@@ -137,7 +137,7 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
 
 
 def make_task(updates: int, n_val: int, seed: int) -> Task:
-    packaged.prepare_named(str(packaged.MINILM), str(packaged.WORDS_TRAIN))
+    packaged.prepare(packaged.MINILM, packaged.WORDS_TRAIN)
     sizes: dict[str, Any] = {"batch_size": 16, "effective_batch_size": 512}
     train, val = (
         [(row[SIDES[0]], row[SIDES[1]]) for row in read_pairs(str(path), SIDES, limit).to_list()]

@@ -120,7 +120,7 @@ def show(runs: dict[str, tuple[list[float], list[float]]], columns: dict[str, st
 
 
 def main() -> None:
-    packaged.prepare()
+    packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN)
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     rows = Dataset.from_csv(str(packaged.MOVIES_TRAIN)).select(range(N_ROWS))
     rows = rows.map(lambda row: tokenizer(row["text"]), remove_columns=["text"])

@@ -23,6 +23,7 @@ from transformers import (
 
 import packaged
 from ftaccum import load_task
+from packaged.files import beside
 from workloads import Row, Workload
 
 _IGNORED, _MASKED = -100, 0.15
@@ -35,7 +36,7 @@ def masked_lm(seed: int) -> Workload:
     The head is new, except for the embedding. The seed masks 15% of the tokens of each row, at least one, once for all
     contenders: collators that mask each batch anew would give every contender other tokens, and another amount of work.
     """
-    packaged.prepare()
+    packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN)
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=_MASKED)
 
@@ -63,7 +64,7 @@ def chat(seed: int) -> Workload:
     and bf16 weights 1.06 times as fast as autocast; so the workload uses autocast, in which AdamW's small steps are not
     rounded away.
     """
-    packaged.prepare_named(str(packaged.SMOLLM), str(packaged.CHATS_TRAIN))
+    packaged.prepare(packaged.SMOLLM, packaged.CHATS_TRAIN)
     rows = load_task(
         "chat", str(packaged.SMOLLM), str(_started_chats(seed)), max_length=_LONGEST, validation_split=0.0
     ).train
@@ -85,11 +86,11 @@ def _started_chats(seed: int) -> Any:
     lines = packaged.CHATS_TRAIN.read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in draw.sample(lines, _CHATS)]
     path = packaged.CACHE / f"chitchat_starts_{seed}.jsonl"
-    with packaged.beside(path).open("w", encoding="utf-8") as file:
+    with beside(path).open("w", encoding="utf-8") as file:
         for messages in chats:
             n = 2 * (1 + int(draw.expovariate(1 / _MORE_ANSWERS)))
             file.write(json.dumps({"messages": messages[:n]}) + "\n")
-    packaged.beside(path).rename(path)
+    beside(path).rename(path)
     return path
 
 

@@ -29,8 +29,8 @@ BATCH = 32
 
 
 def main() -> None:
-    packaged.prepare()
-    settings = yaml.safe_load(Path(packaged.__file__).with_name("text_classification.yaml").read_text())
+    packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN)
+    settings = yaml.safe_load(Path(packaged.__file__).parents[1].joinpath("text_classification.yaml").read_text())
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     train, val = (
         Dataset.from_csv(str(path)).map(lambda row: tokenizer(row["text"], truncation=True), remove_columns=["text"])

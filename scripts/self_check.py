@@ -131,9 +131,7 @@ def _caller() -> str:
 
 def starts() -> dict[str, Callable[[], dict[str, Any]]]:
     """Return functions that load the arguments of a run, by name."""
-    packaged.prepare_named(
-        str(packaged.MINILM), str(packaged.MOVIES_TRAIN), str(packaged.SMOLLM), str(packaged.CHATS_TRAIN)
-    )
+    packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN, packaged.SMOLLM, packaged.CHATS_TRAIN)
     texts = Path(tempfile.mkdtemp()) / "texts.jsonl"
     rows = datasets.Dataset.from_csv(str(packaged.MOVIES_TRAIN)).remove_columns("label")
     rows.select(range(4000)).to_json(str(texts))

@@ -1,4 +1,4 @@
-"""Workloads of the benchmarks: models, and real rows from Python packages (recipes/packaged.py)."""
+"""Workloads of the benchmarks: models, and real rows from Python packages (recipes/packaged)."""
 
 import copy
 import itertools
@@ -23,6 +23,8 @@ from transformers import (
 )
 
 import packaged
+from packaged.chats import CHATS_FILE, CHATS_PACKAGE
+from packaged.files import beside, unpacked
 
 Row = dict[str, Any]
 
@@ -61,7 +63,7 @@ class Workload:
 
 def movies(seed: int) -> Workload:
     """Return MiniLM (22.7M parameters) with a new head for two classes, and short film reviews of similar lengths."""
-    packaged.prepare()
+    packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN)
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     rows = Dataset.from_csv(str(packaged.MOVIES_TRAIN)).rename_column("label", "labels")
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True), remove_columns=["text"])
@@ -114,18 +116,17 @@ def n_targets(rows: Sequence[Row]) -> int:
 
 
 def _minilm() -> Path:
-    if not packaged.MINILM.exists():
-        packaged.prepare_minilm()
+    packaged.prepare(packaged.MINILM)
     return packaged.MINILM
 
 
 def _texts() -> Path:
     """Return a file with the text of each conversation, one JSON string per line, including short conversations."""
     if not _CONVERSATIONS.exists():
-        with packaged.unpacked(packaged.CHATS_PACKAGE) as folder:
-            raw = json.loads((folder / packaged.CHATS_FILE).read_text(encoding="utf-8"))
+        with unpacked(CHATS_PACKAGE) as folder:
+            raw = json.loads((folder / CHATS_FILE).read_text(encoding="utf-8"))
         texts = ["\n".join(line["text"] for line in itertools.chain(*chat["messages"])) for chat in raw.values()]
-        half_done = packaged.beside(_CONVERSATIONS)
+        half_done = beside(_CONVERSATIONS)
         half_done.write_text("".join(json.dumps(text) + "\n" for text in texts if text.strip()), encoding="utf-8")
         half_done.rename(_CONVERSATIONS)
     return _CONVERSATIONS

@@ -5,7 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from transformers import pipeline
@@ -26,28 +25,6 @@ def recipe() -> ModuleType:
     import causal_lm
 
     return causal_lm
-
-
-def raw(*turns: str) -> dict[str, Any]:
-    """Return a conversation in the form of the data package. A turn is "author: line / line"."""
-    parted = [turn.split(": ", 1) for turn in turns]
-    return {"messages": [[{"sender": who, "text": text} for text in lines.split("/")] for who, lines in parted]}
-
-
-def test_consecutive_texts_of_one_author_are_one_message() -> None:
-    import packaged
-
-    def contents(*turns: str) -> list[str]:
-        messages = packaged.as_messages(raw(*turns))
-        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        return [m["content"] for m in messages]
-
-    assert contents("a: Hi / how are you", "b: fine", "a: good", "b: bye") == ["Hi\nhow are you", "fine", "good", "bye"]
-    assert contents("a: Hi", "a: there", "b: yes") == ["Hi\nthere", "yes"]
-    assert contents("a: Hi", "b:  / ", "a: there", "b: yes /  / you") == ["Hi\nthere", "yes\nyou"]
-    assert contents("a:  ", "b: Hi", "a: hello") == ["Hi", "hello"]
-    assert contents("a: Hi", "b: yes", "a: anyone?") == ["Hi", "yes"]
-    assert contents("a: Hi") == contents() == []
 
 
 @pytest.fixture
@@ -120,29 +97,3 @@ def test_bad_input_ends_with_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert done.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("causal_lm: There is no option '--max_lenght'. Did you mean '--max_length'?")
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Record the names of the functions that `packaged` would call to prepare files."""
-    import packaged
-
-    calls: list[str] = []
-    for name, path in (("SMOLLM", "model"), ("CHATS_TRAIN", "train.jsonl"), ("CHATS_VAL", "val.jsonl")):
-        monkeypatch.setattr(packaged, name, tmp_path / path)
-    for name in ("prepare_smollm", "prepare_chats"):
-        monkeypatch.setattr(packaged, name, lambda name=name: calls.append(name))
-    return calls
-
-
-def test_only_files_that_are_named_and_missing_are_prepared(made: list[str]) -> None:
-    import packaged
-
-    packaged.prepare_named("org/model", "rows.jsonl", None)
-    assert made == []
-    packaged.prepare_named("org/model", str(packaged.CHATS_TRAIN), str(packaged.CHATS_VAL))
-    assert made == ["prepare_chats"]
-    packaged.CHATS_TRAIN.touch()
-    packaged.CHATS_VAL.touch()
-    packaged.prepare_named(str(packaged.SMOLLM), str(packaged.CHATS_TRAIN), str(packaged.CHATS_VAL))
-    assert made == ["prepare_chats", "prepare_smollm"]

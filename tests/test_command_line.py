@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import importlib
 import json
 import os
 import subprocess
@@ -311,25 +310,6 @@ def test_the_arguments_of_another_launch_are_ignored() -> None:
     assert subprocess.run(["bash", "-c", words]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "name", sorted(file.stem for file in RECIPES.glob("*.yaml") if file.with_suffix(".py").exists())
-)
-def test_a_recipes_settings_file_has_known_settings(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
-    program = importlib.import_module(name)
-    with pytest.raises(SystemExit) as done:
-        program.main(["--config", str(RECIPES / f"{name}.yaml"), "--help"])
-    assert done.value.code == 0
-    assert "--max_train_rows" in capsys.readouterr().out
-
-
-def test_every_recipe_has_a_settings_file() -> None:
-    programs = {file.stem for file in RECIPES.glob("*.py") if "__main__" in file.read_text()} - {"packaged"}
-    assert programs == {file.stem for file in RECIPES.glob("*.yaml")} - {"two_cpu_processes"}
-
-
 @pytest.mark.slow
 def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     command = [
@@ -353,19 +333,6 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     capsys.readouterr()
     assert main([*command, "--n_trials", "4", "--batch_size", "8"]) == 2
     assert "was created with `batch_size` 4, and this search has 8" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_search_recipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
-    importlib.import_module("search").main(
-        ["--config", str(RECIPES / "search.yaml"), "--model", str(tiny / "model"), "--no_progress", "--n_trials", "2",
-         "--train_data", str(tiny / "rows.csv"), "--output_dir", str(tmp_path)]
-    )  # fmt: skip
-    assert "Held-out accuracy of the best: " in capsys.readouterr().out
-    assert (tmp_path / "best" / "model" / "model.safetensors").exists()
 
 
 def test_errors_about_search_options_give_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

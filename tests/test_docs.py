@@ -73,7 +73,8 @@ def hub_stream() -> dict[str, Any]:
 
 def text_files() -> dict[str, Any]:
     """Return a function that loads a tiny model and rows in place of the named ones."""
-    loaded = Loaded(classifier(), word_tokenizer(), Dataset.from_dict({"text": REVIEWS, "label": LABELS}), None, None)
+    rows = Dataset.from_dict({"text": REVIEWS, "label": LABELS})
+    loaded = Loaded(classifier(), word_tokenizer(), rows, None, None, classifier)
     run = ftaccum.test_fine_tuning
     return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded)}
 

@@ -56,24 +56,6 @@ def embed(folder: str, texts: Sequence[str]) -> torch.Tensor:
     return torch.stack([each[0].mean(0) for each in states])
 
 
-def test_a_definition_and_a_word_are_in_one_pair_at_most() -> None:
-    import packaged
-
-    definitions = {
-        "jet": ["a fast aircraft with jet engines", "a very hard kind of coal", "black"],
-        "aeroplane": ["a machine that flies with wings", "an aeroplane that someone flies"],
-        "plane": ["a machine that flies with wings", "a tool that makes wood smooth"],
-        "rare": ["a word without any frequency"],
-        "fly": ["to move through the air "],
-    }
-    pairs = packaged.as_pairs(definitions, {"jet": 5, "aeroplane": 2, "plane": 9, "fly": 1})
-    assert sorted(pairs) == [
-        ("a machine that flies with wings", "plane"),
-        ("a very hard kind of coal", "jet"),
-        ("to move through the air", "fly"),
-    ]
-
-
 def test_retrieval_ranks_each_positive_among_those_with_another_label(recipe: ModuleType) -> None:
     random = np.random.default_rng(0)
     anchors, labels = random.normal(size=(40, 5)), np.arange(40)

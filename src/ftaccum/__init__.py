@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import callbacks, losses
     from .apps.plan import plan
+    from .apps.script import ScriptOptions, run_script
     from .apps.search.api import search
     from .apps.verify.api import verify
     from .apps.verify.report import Verification
@@ -61,6 +62,7 @@ __all__ = [
     "Plan",
     "Preempted",
     "Result",
+    "ScriptOptions",
     "SettingsError",
     "TextWarning",
     "UntrainedLossWarning",
@@ -70,6 +72,7 @@ __all__ = [
     "load_task",
     "losses",
     "plan",
+    "run_script",
     "search",
     "test_fine_tuning",
     "verify",
@@ -82,10 +85,12 @@ _MODULES = {
     "ExactAccumulation": "bridges.loop.exact_accumulation",
     "Plan": "planning.plan",
     "Result": "tracking.result",
+    "ScriptOptions": "apps.script",
     "Verification": "apps.verify.report",
     "exact": "bridges.trainer.exact_trainer",
     "load_task": "tasks.load",
     "plan": "apps.plan",
+    "run_script": "apps.script",
     "search": "apps.search.api",
     "test_fine_tuning": "fine_tuning",
     "verify": "apps.verify.api",

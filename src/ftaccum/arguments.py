@@ -110,10 +110,10 @@ def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
 
 
 def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Build a settings dataclass from the fields in `given`, and parse each value by its rule."""
+    """Build a settings dataclass from the fields in `given`, and parse each value by its rule, if it has one."""
     rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
-    return kind(**{n: rules[n].read(plain(given[n])) for n in names})
+    return kind(**{n: rules[n].read(plain(given[n])) if n in rules else given[n] for n in names})
 
 
 def valid_settings(kind: type[T], given: Mapping[str, Any]) -> T:

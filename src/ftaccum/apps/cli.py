@@ -1,13 +1,11 @@
 """The `ftaccum` command: a thin layer over the Python functions. Its options have the names of their arguments."""
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from ..errors import DataError, DivergedError, SettingsError
-from .exit_status import BAD_INPUT, FAILED, INTERRUPTED, OK
+from .exit_status import BAD_INPUT, OK, reported
 
 COMMANDS = {
     "train": "fine-tune a model on files or hub data",
@@ -54,21 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"ftaccum: there is no command {command!r}.\n\n{_usage()}", end="", file=sys.stderr)
         return BAD_INPUT
-    try:
-        return int(import_module(f"{__package__}.commands.{command}").run(options))
-    except (SettingsError, DataError) as error:
-        print(f"ftaccum {command}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except DivergedError as error:
-        print(f"ftaccum {command}: {error}", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # the reader of the output has what it wanted, as in `ftaccum train --help-all | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
-        return OK
-    except KeyboardInterrupt:
-        resumes = ". The same command resumes the search." if command == "search" else "."
-        print(f"ftaccum {command}: interrupted{resumes}", file=sys.stderr)
-        return INTERRUPTED
+    after_interrupt = ". The same command resumes the search." if command == "search" else "."
+    module = import_module(f"{__package__}.commands.{command}")
+    return reported(f"ftaccum {command}", lambda: int(module.run(options)), after_interrupt)
 
 
 def _help(words: Sequence[str]) -> int:

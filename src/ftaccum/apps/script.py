@@ -1,0 +1,174 @@
+"""The command line of a training script: its options, its errors and its exit status."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..arguments import find_faults, read_settings
+from ..errors import refuse
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
+from ..tasks.adapter_options import AdapterOptions
+from ..tasks.arguments import TrainArguments
+from .exit_status import FAILED, OK, reported
+from .help import HelpPage
+from .parser import parse
+from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
+
+# `load_task` passes the first on to `test_fine_tuning`. Both of them need the others.
+_OF_TEXT = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
+_OF_BOTH = ("random_seed", "validation_split", "lora")
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """The options of a training script, from its defaults, a YAML file and the command line.
+
+    Attributes:
+        data: arguments of `load_task`; empty for a script without a task.
+        settings: arguments of `test_fine_tuning`, or of `search`, besides those that `load_task` returns.
+        own: the script's own options, an instance of the dataclass that it declares; None if it declares none.
+    """
+
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    own: Any = None
+
+
+def run_script(
+    main: Callable[[ScriptOptions], Any],
+    description: str | None = None,
+    *,
+    task: str | None = None,
+    own: type | None = None,
+    searches: bool = False,
+    arguments: Sequence[str] | None = None,
+    **defaults: Any,
+) -> None:
+    """Run the main function of a training script with options from the command line, and exit.
+
+    The options are those of `ftaccum train`: `--config FILE.yaml`, `--help`, the arguments of `test_fine_tuning`, and,
+    for a script with a task, those of `load_task` and of adapters. Bad input ends the script with one message, before
+    anything is loaded. After `main`, this function leaves the process group. It exits with a status of `ftaccum train`.
+
+        def main(options):
+            loaded = ftaccum.load_task(**options.data)
+            return ftaccum.test_fine_tuning(**loaded.arguments(), **options.settings)
+
+        ftaccum.run_script(main, task="text-classification", model="bert-base-uncased", train_data="train.csv")
+
+    Args:
+        main: trains with the options. If it returns the `Result` of the run, the exit status tells whether all of its
+            outputs were written.
+        description: text for `--help`, usually the script's `__doc__`.
+        task: the task of `load_task`; None for a script that loads its model and data on its own.
+        own: a dataclass of further options. Each field has a default and `metadata={"help": …}`.
+        searches: whether the options are those of `ftaccum search`, for a script that calls `search`.
+        arguments: the words of the command line; None: those of this process.
+        **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: other training data
+            come without it.
+
+    Raises:
+        SystemExit: always.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    name = Path(sys.argv[0]).name
+
+    def run() -> int:
+        page = HelpPage(f"python {name} [options]", description or "")
+        options = _read_options(words, page, defaults | {"task": task} if task else defaults, own, searches)
+        result = main(options)
+        _leave_process_group()
+        return FAILED if getattr(result, "unwritten", None) else OK
+
+    sys.exit(reported(Path(name).stem, run))
+
+
+def _read_options(
+    words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any], own: type | None, searches: bool
+) -> ScriptOptions:
+    own_kinds, task_kinds = [own] if own else [], [TrainArguments, AdapterOptions] if "task" in defaults else []
+    run_kinds = [TrialRecipe if searches else Recipe, Runtime]
+    search_kinds = [SpaceArguments, SearchSettings] if searches else []
+    kinds = [*own_kinds, *task_kinds, *search_kinds, *run_kinds]
+    parsed = dict(zip(kinds, _parse(kinds, words, page, defaults), strict=True))
+
+    settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
+    if task_kinds:
+        settings["lora"] = parsed[AdapterOptions].lora_argument()
+    _check(settings, [parsed[kind] for kind in kinds if kind in (own, TrainArguments, SearchSettings)])
+    settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
+    if searches:
+        settings["space"] = _space(settings["space"])
+    found = ScriptOptions({}, settings, parsed[own] if own else None)
+    return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
+
+
+def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any]) -> list[Any]:
+    """Return an instance of each dataclass, with these defaults and with its values parsed by their rules.
+
+    Raises:
+        SettingsError: for unknown options and defaults, and if the model or the training data are missing.
+    """
+    unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
+    refuse([f"`run_script` has the default {name!r}, which is no option of the script." for name in unknown])
+    parsed = parse([_with_defaults(kind, defaults) for kind in kinds], words, page=page)
+    missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
+    refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
+    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values.
+    raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
+    return [each if isinstance(each, raw) else read_settings(type(each), vars(each)) for each in parsed]
+
+
+def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
+    """Return a dataclass like `kind` with other defaults."""
+    hints = get_type_hints(kind, include_extras=True)
+    changed = [
+        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=f.metadata))
+        for f in fields(kind)
+        if f.name in defaults
+    ]
+    is_frozen = kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen) if changed else kind
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check(settings: Mapping[str, Any], others: Sequence[Any]) -> None:
+    """Check what can be checked before a model and data are loaded.
+
+    Raises:
+        SettingsError: with all faults.
+    """
+    from ..runtime.accelerator import is_first_process
+    from ..training.preflight import faults_before_loading
+
+    faults = [fault for each in others for fault in find_faults(each)]
+    refuse(faults + faults_before_loading(settings, looks_at_files=is_first_process()))
+
+
+def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[str, Any]) -> ScriptOptions:
+    """Share the settings among `load_task` and `test_fine_tuning`, and drop a default `val_data` of other data."""
+    shared = {name: options.settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in options.settings}
+    data = vars(named) | shared
+    is_other = named.train_data != _plain(defaults.get("train_data"))
+    if is_other and named.val_data == _plain(defaults.get("val_data")):
+        data["val_data"] = None
+    rest = {name: value for name, value in options.settings.items() if name not in _OF_TEXT}
+    return replace(options, data=data, settings=rest)
+
+
+def _space(words: Sequence[str]) -> dict[str, Any]:
+    from .search.space import read_dimensions
+
+    return dict(read_dimensions(words))
+
+
+def _leave_process_group() -> None:
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
