@@ -1,0 +1,34 @@
+"""The effects of habits in words, for reports and for docs/teaching/large_batch.md."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from .habit_loop import HABITS
+
+NO_EFFECT, NOT_MEASURED = "no effect", "not measured"
+_NOISE = 0.02  # of a peak on a CPU; repeated runs differ by up to 1%
+
+
+def memory_effects(peaks: Mapping[str, float | None]) -> dict[str, str]:
+    """Return how each habit changes a peak, given the peaks of the loops. None means that none was measured."""
+    return {habit: _memory_effect(peaks[has], peaks[has_not]) for habit, (has, has_not) in HABITS.items()}
+
+
+def time_effects(seconds: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Return how each habit changes the median time, given the times of the loops in several rounds.
+
+    If the ranges of the rounds overlap, that is no effect.
+    """
+    return {habit: _time_effect(seconds[has], seconds[has_not]) for habit, (has, has_not) in HABITS.items()}
+
+
+def _memory_effect(has: float | None, has_not: float | None) -> str:
+    if has is None or has_not is None:
+        return NOT_MEASURED
+    change = has / has_not - 1
+    return NO_EFFECT if abs(change) < _NOISE else f"{change:+.0%}"
+
+
+def _time_effect(has: Sequence[float], has_not: Sequence[float]) -> str:
+    overlap = min(has) <= max(has_not) and min(has_not) <= max(has)
+    return NO_EFFECT if overlap else f"{median(has) / median(has_not) - 1:+.0%}"
