@@ -76,9 +76,9 @@ def test_links_lead_to_pages_of_the_site() -> None:
 
     found = included_pages(DOCS)
     assert found == {ROOT / "CHANGELOG.md": "changelog.md", ROOT / "CONTRIBUTING.md": "contributing.md"}
-    text = "[a](docs/data.md#x) [b](CHANGELOG.md) [c](#y) [d](https://a.b/c) [e](scripts/test)\n"
-    fence = "```\n[f](docs/data.md)\n```\n"
-    adapted_text = "[a](data.md#x) [b](changelog.md) [c](#y) [d](https://a.b/c) [e](../scripts/test)\n"
+    text = "[a](docs/data.md#x) [b](CHANGELOG.md) [c](#y) [d](https://a.b/c) [e](scripts/test) [`f`](recipes)\n"
+    fence = "```\n[g](docs/data.md)\n```\n"
+    adapted_text = "[a](data.md#x) [b](changelog.md) [c](#y) [d](https://a.b/c) [e](../scripts/test) `f`\n"
     assert adapted(text + fence, ROOT, DOCS, DOCS, found) == adapted_text + fence
 
 

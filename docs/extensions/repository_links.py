@@ -2,7 +2,8 @@
 
 Pages link to each other and to other files of the repository by relative paths, as GitHub resolves them. Some files
 outside `docs/` are pages of the site: those that a page of `docs/` includes as a whole, such as CHANGELOG.md. This
-extension inserts them, and points links to them at their page. Links to other files download a copy of the file.
+extension inserts them, and points links to them at their page. Links to other files download a copy of the file. Links
+to folders become plain text, since the site has no page for them.
 """
 
 import os
@@ -14,7 +15,7 @@ from sphinx.application import Sphinx
 
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,}|:{3,}).*?^ {0,3}\1[`~:]*[ \t]*$", re.MULTILINE | re.DOTALL)
 _INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
-_LINK = re.compile(r"(\]\()([^)\s#]+)")
+_LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def included_pages(docs: Path) -> dict[Path, str]:
@@ -38,12 +39,14 @@ def adapted(text: str, folder: Path, page_folder: Path, docs: Path, pages: dict[
     """
 
     def adapt(link: re.Match[str]) -> str:
-        start, target = link.groups()
+        text, target, anchor = link.groups("")
         if re.match(r"\w+:", target):
             return link.group()
         path = (folder / target).resolve()
+        if path.is_dir():
+            return text
         path = docs / pages[path] if path in pages else path
-        return start + str(PurePosixPath(os.path.relpath(path, page_folder)))
+        return f"[{text}]({PurePosixPath(os.path.relpath(path, page_folder))}{anchor})"
 
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
