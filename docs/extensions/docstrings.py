@@ -3,7 +3,7 @@
 - An entry may describe several arguments or attributes, as in `train_data, val_data: the rows`. Sphinx takes all but
   the last of these names for a type, so they are joined by slashes.
 - Attributes have the heading "Attributes" instead of "Variables".
-- An indented block after a colon is shown as it is, such as a formula.
+- An indented block is shown as it is, such as a formula or an example.
 - The pages that an entry names, such as docs/tasks.md, are links.
 - Defaults in signatures are shown as numbers.
 - Records that ftaccum makes, and users only read, are shown without the arguments of their constructor.
@@ -23,9 +23,9 @@ _RECORDS = ("ftaccum.Result", "ftaccum.Plan", "ftaccum.Verification")
 def _adapt_docstring(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
     joined = (_FIELD.sub(lambda found: f":{found[1]} {found[2].replace(', ', '/')}:", line) for line in lines)
     lines[:] = [_PAGE.sub(r":doc:`/\1`", line) for line in joined]
-    for n, line in enumerate(lines[:-2]):
-        if re.match(r"[^\s:].*[^:]:$", line) and not lines[n + 1] and lines[n + 2].startswith("    "):
-            lines[n] += ":"
+    for n in reversed(range(len(lines) - 2)):
+        if re.match(r"[^\s:.*-].*(?<!::)$", lines[n]) and not lines[n + 1] and lines[n + 2].startswith("    "):
+            lines[n + 1 : n + 1] = ["", "::"]
 
 
 def _adapt_signature(
