@@ -15,7 +15,7 @@ from gpu_checks import report
 from gpu_checks.__main__ import Part, main, run_parts
 from gpu_checks.estimates import estimates_of
 from gpu_checks.exactness import accumulated, largest_error, no_float32, one_batch, relative_error, windows_of
-from gpu_checks.habit_effects import memory_effects, time_effects
+from gpu_checks.habit_effects import gpu_columns, memory_effects, time_effects
 from gpu_checks.habit_loop import HABITS, LOOPS
 from gpu_checks.job import EACH, LAST, ONE_COPY, WHOLE, Job, rows_of
 from gpu_checks.memory_habits import measure_habits
@@ -95,6 +95,20 @@ def test_an_effect_is_a_change_beyond_the_spread_of_the_runs() -> None:
     times = {loop: [1.0, 2.0, 3.0] for loop in LOOPS}
     found = time_effects(times | {"workers": [4.0, 4.0, 5.0], "del": [2.9, 5.0, 9.0]})
     assert [found[habit] for habit in ("num_workers=2", "del outputs, loss")] == ["+100%", "no effect"]
+
+
+def test_columns_of_a_gpu_are_filled_by_a_run_on_a_gpu_only(tmp_path: Path) -> None:
+    file, seconds = tmp_path / "gpu_check.json", {loop: [1.0] for loop in LOOPS}
+    peaks = dict.fromkeys(LOOPS, 100) | {"empty_cache": 50}
+    empty = {"peak, GPU": "not measured", "reserved, GPU": "not measured", "time, GPU": "not measured"}
+    for part in (None, {"failed": "out of time"}, {"peak": dict.fromkeys(LOOPS), "seconds": seconds}):
+        if part is not None:
+            file.write_text(json.dumps({"parts": {"memory habits": part}}))
+        assert {name: column["empty_cache()"] for name, column in gpu_columns(file).items()} == empty
+    on_a_gpu = {"peak": dict.fromkeys(LOOPS, 100), "reserved": peaks, "seconds": seconds}
+    file.write_text(json.dumps({"parts": {"memory habits": on_a_gpu}}))
+    found = {name: column["empty_cache()"] for name, column in gpu_columns(file).items()}
+    assert found == {"peak, GPU": "no effect", "reserved, GPU": "-50%", "time, GPU": "no effect"}
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")

@@ -23,8 +23,8 @@ import dill
 
 ROOT = Path(__file__).parents[2]
 MB = 1e6
-# Return freed blocks from 64 KB on to the system at once. By default, malloc keeps some of them. How many it keeps
-# depends on the order of calls.
+# Return freed blocks from 64 KB on to the system at once. By default, malloc keeps some of them: the peak of 8
+# accumulated batches was then 19 MB instead of 10, and that of a single one 14.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 

@@ -1,4 +1,4 @@
-"""Check exactness, memory, speed and resuming on the GPUs of this machine, and print a report."""
+"""Check exactness, memory, speed, memory habits and resuming on the GPUs of this machine, and print a report."""
 
 import argparse
 import json

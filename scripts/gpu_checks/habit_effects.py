@@ -1,12 +1,14 @@
 """The effects of habits in words, for reports and for docs/teaching/large_batch.md."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 from .habit_loop import HABITS
 
 NO_EFFECT, NOT_MEASURED = "no effect", "not measured"
-_NOISE = 0.02  # of a peak on a CPU; repeated runs differ by up to 1%
+_NOISE = 0.05  # of a peak on a CPU; a few repeated runs differed by more than 2%, most by less than 1%
 
 
 def memory_effects(peaks: Mapping[str, float | None]) -> dict[str, str]:
@@ -20,6 +22,19 @@ def time_effects(seconds: Mapping[str, Sequence[float]]) -> dict[str, str]:
     If the ranges of the rounds overlap, that is no effect.
     """
     return {habit: _time_effect(seconds[has], seconds[has_not]) for habit, (has, has_not) in HABITS.items()}
+
+
+def gpu_columns(file: Path) -> dict[str, dict[str, str]]:
+    """Return the columns that `scripts/gpu_check --json FILE` has measured; "not measured" without a file or a GPU."""
+    part = json.loads(file.read_text())["parts"].get("memory habits", {}) if file.exists() else {}
+    if part.get("peak", {}).get("plain") is None:
+        not_measured = dict.fromkeys(HABITS, NOT_MEASURED)
+        return {"peak, GPU": not_measured, "reserved, GPU": not_measured, "time, GPU": not_measured}
+    return {
+        "peak, GPU": memory_effects(part["peak"]),
+        "reserved, GPU": memory_effects(part["reserved"]),
+        "time, GPU": time_effects(part["seconds"]),
+    }
 
 
 def _memory_effect(has: float | None, has_not: float | None) -> str:
