@@ -38,7 +38,8 @@ def _text(output: Mapping[str, Any]) -> str:
 
 
 def _joined(text: str | list[str]) -> str:
-    return (text if isinstance(text, str) else "".join(text)).rstrip("\n")
+    lines = (text if isinstance(text, str) else "".join(text)).splitlines()
+    return "\n".join(map(str.rstrip, lines)).rstrip("\n")  # tables as text end with spaces
 
 
 def main() -> int:
