@@ -1,5 +1,6 @@
 """Run the Python blocks of the docs, each with a tiny model and rows in place of the reader's."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from silent_errors.tokenizer_padding import CLASSIFIED, TOKENS
 from test_readme import PAGES, README, blocks
 
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}, block {n}", marks=[pytest.mark.slow] if "n_trials" in block else [])
+    pytest.param(
+        block, id=f"{page.name}, block {n}", marks=[pytest.mark.slow] if re.search("n_trials|n_epochs=5", block) else []
+    )
     for page in PAGES
     for n, block in enumerate(blocks(page, "python"), 1)
     if page != README and "argparse" not in block  # those are whole scripts, which test_port.py runs

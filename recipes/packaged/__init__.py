@@ -8,25 +8,37 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import chats, glosses, letters_t5, minilm, movies, pronunciations, small_llama, smollm, words
+from . import (
+    addresses, chats, choices, digits, glosses, letters_t5, minilm, movies, pronunciations, questions, small_llama,
+    small_vit, smollm, words,
+)  # fmt: skip
+from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
 from .chats import CHATS_TRAIN, CHATS_VAL
+from .choices import CHOICES_TRAIN, CHOICES_VAL
+from .digits import DIGITS_TRAIN, DIGITS_VAL
 from .files import CACHE
 from .glosses import GLOSSES_TRAIN, GLOSSES_VAL
 from .letters_t5 import LETTERS_T5
 from .minilm import MINILM
 from .movies import MOVIES_TRAIN, MOVIES_VAL
 from .pronunciations import PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL
+from .questions import QUESTIONS_TRAIN, QUESTIONS_VAL
 from .small_llama import SMALL_LLAMA
+from .small_vit import SMALL_VIT
 from .smollm import SMOLLM
 from .words import WORDS_TRAIN, WORDS_VAL
 
 __all__ = [
-    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "GLOSSES_TRAIN", "GLOSSES_VAL", "LETTERS_T5", "MINILM", "MOVIES_TRAIN",
-    "MOVIES_VAL", "PRONUNCIATIONS_TRAIN", "PRONUNCIATIONS_VAL", "SMALL_LLAMA", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL",
-    "prepare",
+    "ADDRESSES_TRAIN", "ADDRESSES_VAL", "CACHE", "CHATS_TRAIN", "CHATS_VAL", "CHOICES_TRAIN", "CHOICES_VAL",
+    "DIGITS_TRAIN", "DIGITS_VAL", "GLOSSES_TRAIN", "GLOSSES_VAL", "LETTERS_T5", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL",
+    "PRONUNCIATIONS_TRAIN", "PRONUNCIATIONS_VAL", "QUESTIONS_TRAIN", "QUESTIONS_VAL", "SMALL_LLAMA", "SMALL_VIT",
+    "SMOLLM", "WORDS_TRAIN", "WORDS_VAL", "prepare",
 ]  # fmt: skip
 
-_SOURCES = (chats, glosses, letters_t5, minilm, movies, pronunciations, small_llama, smollm, words)
+_SOURCES = (
+    addresses, chats, choices, digits, glosses, letters_t5, minilm, movies, pronunciations, questions, small_llama,
+    small_vit, smollm, words,
+)  # fmt: skip
 
 
 def prepare(*names: Any) -> None:

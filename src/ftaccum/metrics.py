@@ -41,8 +41,11 @@ class F1(_Metric):
     _description = "Harmonic mean of precision and recall, averaged over classes."
 
     def __init__(self, average: str = "macro", **kwargs: Any) -> None:
-        """Args:
-        average: how to average, as in scikit-learn: "macro", "micro", "weighted" or "binary".
+        """Create the metric.
+
+        Args:
+            average: how to average, as in scikit-learn: "macro", "micro", "weighted" or "binary".
+            **kwargs: arguments of `evaluate.Metric`.
         """
         super().__init__(**kwargs)
         self._average = average

@@ -56,13 +56,14 @@ class HelpPage:
             rest = len(declared) - len(self.first)
             more = f"--help-all lists {rest} more options. --config FILE reads options from a YAML file."
             return "\n".join([*lines, more, ""])
-        for title, listed in _by_group(declared).items():
+        for title, listed in by_group(declared).items():
             lines += [f"{title}:", *_described(listed, width), ""]
         config = _line("--config run.yaml", "YAML file of these options; flags override it", width)
         return "\n".join([*lines, "other:", config, ""])
 
 
-def _by_group(declared: Mapping[str, Field]) -> dict[str, list[Field]]:
+def by_group(declared: Mapping[str, Field]) -> dict[str, list[Field]]:
+    """Return the options of a command by the title of their group, in the order of the page."""
     found: dict[str, list[Field]] = {title: [] for title in _GROUPS}
     for one in declared.values():
         found.setdefault(traits_of(one).group or "other options", []).append(one)
@@ -71,11 +72,22 @@ def _by_group(declared: Mapping[str, Field]) -> dict[str, list[Field]]:
 
 def _described(listed: Collection[Field], width: int) -> Iterator[str]:
     for one in listed:
-        default = None if one.default is MISSING else one.default
-        shown = default is not None and default is not False and default not in ("", ())
-        value = ("on" if default else "off") if isinstance(default, bool) else default
-        text = one.metadata["help"] + (f" (default: {value})" if shown else "")
-        yield _line(f"--{one.name} {_example(one)}".rstrip(), text, width)
+        value = default_text(one)
+        text = one.metadata["help"] + (f" (default: {value})" if value else "")
+        yield _line(usage_of(one), text, width)
+
+
+def default_text(option: Field) -> str:
+    """Return the default of an option as text; empty for None, off and an empty value."""
+    default = None if option.default is MISSING else option.default
+    if default is None or default is False or default in ("", ()):
+        return ""
+    return "on" if default is True else str(default)
+
+
+def usage_of(option: Field) -> str:
+    """Return an option as typed, with an example of its value."""
+    return f"--{option.name} {_example(option)}".rstrip()
 
 
 def _example(option: Field) -> str:

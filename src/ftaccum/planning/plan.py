@@ -116,7 +116,7 @@ class Plan(BasePlan):
 
     @property
     def windows_per_epoch(self) -> int:
-        """Number of windows in the first epoch. Others may differ if rows are carried or k changes: `n_windows_of`."""
+        """Number of windows in the first epoch. Others (`n_windows_of`) may differ if rows are carried or k changes."""
         return self.n_windows_of(0)
 
     def n_windows_of(self, epoch: int) -> int:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class Result(Mapping[str, Any]):
     """The result of `test_fine_tuning`, whose attributes can also be read as a mapping: `result["final_loss"]`.
 
-    Losses are means over loss items (tokens, rows, …), however the batch is accumulated. Attributes:
+    Losses are means over loss items (tokens, rows, …), however the batch is accumulated.
+
+    Attributes:
         final_loss: validation loss after the last update; without validation data, training loss of the last epoch.
         initial_loss: validation loss before the first update; without validation data, loss of the first window.
         best_val_loss: the lowest finite validation loss of any evaluation after the first update, or None.
@@ -218,7 +220,7 @@ class Result(Mapping[str, Any]):
 
     @property
     def model(self) -> Any:
-        """The trained model: the module that was passed in, with the best weights if the run restored them.
+        """The trained model, which is the module that was passed in, with the best weights if the run restored them.
 
         None if the result was loaded, copied or unpickled.
         """

@@ -147,7 +147,7 @@ class ExactAccumulation:
 
     @property
     def audits(self) -> list[dict[str, Any]]:
-        """The audits so far, with the keys of `Result.audits`: `error` is the relative error of a gradient."""
+        """The audits so far, with the keys of `Result.audits`. `error` is the relative error of a gradient."""
         return [] if self._measured is None else list(self._audits.found)
 
     @property
