@@ -133,6 +133,9 @@ def test_help_shows_own_options_and_those_that_most_need(capsys: pytest.CaptureF
     assert "temperature of the teacher (default: 2.0)" in page
     assert "--learning_rate" in page
     assert "--adam_beta1" not in page
+    assert run(lambda _: pytest.fail("the script started"), "--help", **OF_TASK) == 0
+    assert "(default: a-model)" in (page := capsys.readouterr().out)
+    assert "required" not in page
     assert run(lambda _: pytest.fail("the script started"), "--help-all", own=Many) == 0
     assert "--adam_beta1" in (everything := capsys.readouterr().out)
     assert "--limit" in everything

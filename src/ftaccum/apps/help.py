@@ -74,7 +74,7 @@ def _described(listed: Collection[Field], width: int) -> Iterator[str]:
         default = None if one.default is MISSING else one.default
         shown = default is not None and default is not False and default not in ("", ())
         value = ("on" if default else "off") if isinstance(default, bool) else default
-        text = one.metadata.get("help", one.name) + (f" (default: {value})" if shown else "")
+        text = (one.metadata.get("help") or one.name) + (f" (default: {value})" if shown else "")
         yield _line(f"--{one.name} {_example(one)}".rstrip(), text, width)
 
 

@@ -136,12 +136,16 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass like `kind` with other defaults."""
     hints = get_type_hints(kind, include_extras=True)
     changed = [
-        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=f.metadata))
+        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=_not_required(f.metadata)))
         for f in fields(kind)
         if f.name in defaults
     ]
     is_frozen = kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen) if changed else kind
+
+
+def _not_required(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {**metadata, "help": metadata.get("help", "").removesuffix(" (required)")}
 
 
 def _plain(value: Any) -> Any:
