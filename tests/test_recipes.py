@@ -67,18 +67,17 @@ def search_words(folder: Path) -> list[str]:
     return [*text_classification_words(folder), "--n_trials", "1", "--n_reports", "1", "--refit"]
 
 
-def test_text_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_classification(tmp_path: Path) -> None:
     words = [*text_classification_words(tmp_path), "--max_updates", "2", "--output_dir", str(tmp_path / "out")]
     assert run_recipe("text_classification", *words) == 0
-    assert "Held-out accuracy: " in capsys.readouterr().out
+    assert "accuracy" in Result.load(tmp_path / "out").metrics[-1]
     assert pipeline("text-classification", str(tmp_path / "out" / "model"))("a film")[0]["label"] in ("0", "1")
 
 
-def test_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search(tmp_path: Path) -> None:
     words = [*search_words(tmp_path), "--n_epochs", "1", "--output_dir", str(tmp_path / "out")]
     assert run_recipe("search", *words, "--progress", "no") == 0
-    accuracy = Result.load(tmp_path / "out" / "best").metrics[-1]["accuracy"]
-    assert f"Held-out accuracy of the best: {accuracy:.1%}\n" in capsys.readouterr().out
+    assert "accuracy" in Result.load(tmp_path / "out" / "best").metrics[-1]
     assert pipeline("text-classification", str(tmp_path / "out" / "best" / "model"))("a film")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import optuna
 import pytest
 from datasets import Dataset
 
@@ -202,3 +203,10 @@ def test_an_output_that_could_not_be_written_fails_a_script() -> None:
 
     assert run(lambda _: Unwritten(["the model"])) == 1
     assert run(lambda _: Unwritten([])) == 0
+
+
+def test_a_search_without_a_finished_trial_fails_a_script() -> None:
+    study = optuna.create_study()
+    assert run(lambda _: study, searches=True) == 1
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    assert run(lambda _: study, searches=True) == 0

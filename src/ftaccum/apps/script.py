@@ -62,8 +62,8 @@ def run_script(
         ftaccum.run_script(main, task="text-classification", model="bert-base-uncased", train_data="train.csv")
 
     Args:
-        main: trains with the options. If it returns the `Result` of the run, the exit status tells whether all of its
-            outputs were written.
+        main: trains with the options. If it returns a `Result`, the exit status tells whether all outputs were written;
+            if it returns the study of a search, whether a trial has finished.
         description: text for `--help`, usually the script's `__doc__`.
         task: the task of `load_task`; None for a script that loads its model and data on its own.
         own: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
@@ -84,7 +84,7 @@ def run_script(
         options = _read_options(words, page, defaults | {"task": task} if task else defaults, own, searches)
         result = _without_noise(main, options)
         _leave_process_group()
-        return FAILED if getattr(result, "unwritten", None) else OK
+        return FAILED if _has_failed(result) else OK
 
     sys.exit(reported(Path(script).stem, run))
 
@@ -183,6 +183,15 @@ def _without_noise(main: Callable[[ScriptOptions], Any], options: ScriptOptions)
 
     with loading(verbosity=options.settings["verbosity"], progress=options.settings["progress"]):
         return main(options)
+
+
+def _has_failed(result: Any) -> bool:
+    """Return whether a `Result` could not write an output, or an Optuna study has no finished trial."""
+    if hasattr(result, "get_trials"):
+        from .search.tables import best_trial
+
+        return best_trial(result) is None
+    return bool(getattr(result, "unwritten", None))
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:
