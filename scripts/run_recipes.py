@@ -85,16 +85,18 @@ class Figures:
         return f"`recipes/{self.recipe}.py`" + (f", {self.processes} processes" if self.processes > 1 else "")
 
     def cells(self, declared: Declared) -> list[str]:
+        """Return the cells of a row of the table. What is equal to the row above, on one process, is left out."""
+        is_alone = self.processes == 1
         before = "–" if self.before is None else f"{self.before:.3g}"
         return [
             self.name,
-            declared.model,
-            declared.data,
+            declared.model if is_alone else "",
+            declared.data if is_alone else "",
             f"{self.rows:,}, {self.updates:,}",
             f"{self.seconds:.0f} s",
             f"{self.peak_memory / 1e9:.1f} GB",
             f"{self.metric} {before} → **{self.after:.3g}** ({declared.threshold})",
-            declared.baseline,
+            declared.baseline if is_alone else "",
         ]
 
 

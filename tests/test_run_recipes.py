@@ -191,6 +191,13 @@ def test_two_processes_are_launched_with_the_configuration_of_the_recipes() -> N
     assert words[-7:] == [str(recipe), *settings, "--output_dir", "out", "--progress", "no"]
 
 
+def test_a_row_for_two_processes_does_not_repeat_what_is_declared() -> None:
+    figures = run_recipes.Figures("one", 2, 61.4, 2_460_000_000, 1200, 75, "accuracy", None, 0.8456)
+    cells = figures.cells(run_recipes.Declared(**ENTRY))
+    result = "accuracy – → **0.846** (≥ 0.8)"
+    assert cells == ["`recipes/one.py`, 2 processes", "", "", "1,200, 75", "61 s", "2.5 GB", result, ""]
+
+
 def test_the_packaged_files_that_a_recipe_names_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipes.prepare(Path(run_recipes.__file__))  # names none
     import packaged
