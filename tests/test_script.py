@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ftaccum import DataError, DivergedError, ScriptOptions, run_script
 from ftaccum.settings.recipe import Recipe
+from ftaccum.tasks.adapter_options import AdapterOptions
 
 OF_TASK = {"task": "text-classification", "model": "a-model", "train_data": Path("rows.csv"), "val_data": "held.csv"}
 
@@ -85,6 +86,16 @@ def test_own_options_have_the_types_of_their_fields(tmp_path: Path) -> None:
     assert found.own == expected
     assert type(found.own.rate) is float
     assert options("--limit", "none", "--fast", "no", own=Many, limit=3).own == Many()
+
+
+def test_own_options_may_include_those_of_ftaccum() -> None:
+    @dataclass
+    class Combined(AdapterOptions):
+        scale: float = 1.0
+
+    found = options("--lora", "--lora_targets", "query,value", "--scale", "2", own=Combined)
+    assert found.own.lora_argument() == {"target_modules": ("query", "value")}
+    assert found.own.scale == 2.0
 
 
 @pytest.mark.parametrize(

@@ -26,19 +26,18 @@ def check_own_options(own: type, taken: Collection[str]) -> None:
     if not (isinstance(own, type) and is_dataclass(own)):
         refuse([f"`own` must be a dataclass, but is {shown(own)} instead. Decorate it with `@dataclass`."])
     hints = get_type_hints(own)
-    refuse([fault for f in fields(own) for fault in _faults_of_field(f, hints[f.name], taken)])
+    plain = _plain_fields(own)
+    refuse([fault for f in fields(own) for fault in _faults_of_field(f, hints[f.name], taken, f in plain)])
 
 
 def read_own_options(parsed: Any) -> list[str]:
     """Convert the values of a script's own options to their types, and return a sentence for each that has another.
 
-    Fields with a rule are left out. A YAML file may have given a value of any type.
+    A YAML file may have given a value of any type.
     """
     hints = get_type_hints(type(parsed))
     faults = []
-    for f in fields(parsed):
-        if f.name in rules_of(type(parsed)):
-            continue
+    for f in _plain_fields(type(parsed)):
         value, hint = getattr(parsed, f.name), hints[f.name]
         if type(value) is int and float in _kinds(hint) and int not in _kinds(hint):
             value = float(value)
@@ -48,14 +47,20 @@ def read_own_options(parsed: Any) -> list[str]:
     return faults
 
 
-def _faults_of_field(declared: Field, hint: Any, taken: Collection[str]) -> list[str]:
+def _plain_fields(own: type) -> list[Field]:
+    """Return the fields that the script declares, without those of ftaccum, which have rules or conversions."""
+    ruled = rules_of(own)
+    return [f for f in fields(own) if f.name not in ruled and "traits" not in f.metadata]
+
+
+def _faults_of_field(declared: Field, hint: Any, taken: Collection[str], is_plain: bool) -> list[str]:
     faults = []
     if declared.name in taken:
         faults.append(f"`own` has the field {declared.name!r}, which is another option of the script. Rename it.")
     if declared.default is MISSING and declared.default_factory is MISSING:
         faults.append(f"`own` has the field {declared.name!r} without a default. Give it one.")
     kinds = _kinds(hint)
-    if not all(_is_supported(kind) for kind in kinds) or (len(kinds) > 1 and str not in kinds):
+    if is_plain and (not all(_is_supported(kind) for kind in kinds) or (len(kinds) > 1 and str not in kinds)):
         faults.append(
             f"`own` has the field {declared.name!r} of a type that no option can have. Use bool, int, float, str, "
             "Path, Literal or a list of one of them, and `| None`."
