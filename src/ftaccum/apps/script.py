@@ -129,7 +129,9 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
-    return [each if isinstance(each, raw) else read_settings(type(each), vars(each)) for each in parsed]
+    return [
+        each if kind in raw else read_settings(type(each), vars(each)) for kind, each in zip(kinds, parsed, strict=True)
+    ]
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
