@@ -94,7 +94,7 @@ def test_own_options_may_include_those_of_ftaccum() -> None:
         scale: float = 1.0
 
     found = options("--lora", "--lora_targets", "query,value", "--scale", "2", own=Combined)
-    assert found.own.lora_argument() == {"target_modules": ("query", "value")}
+    assert list(found.own.lora_argument()["target_modules"]) == ["query", "value"]
     assert found.own.scale == 2.0
 
 
