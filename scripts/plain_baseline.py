@@ -30,12 +30,15 @@ from transformers import (
 import packaged
 
 BATCH = 32
+OF_A_TRIAL = 512  # rows of a trial of recipes/search.yaml
 
 
 def main() -> None:
     packaged.prepare(packaged.MINILM, packaged.MOVIES_TRAIN)
     settings = yaml.safe_load(Path(packaged.__file__).parents[1].joinpath("text_classification.yaml").read_text())
-    print(f"TF-IDF with logistic regression: held-out accuracy {linear_accuracy(settings['max_train_rows']):.1%}")
+    for n_rows in (settings["max_train_rows"], OF_A_TRIAL):
+        accuracy = linear_accuracy(n_rows)
+        print(f"TF-IDF with logistic regression on {n_rows} rows: held-out accuracy {accuracy:.1%}")
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     train, val = (
         Dataset.from_csv(str(path)).map(lambda row: tokenizer(row["text"], truncation=True), remove_columns=["text"])
