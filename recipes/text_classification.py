@@ -11,8 +11,6 @@ It takes any model that `AutoModelForSequenceClassification` loads, and files or
 column. The saved model in OUTPUT_DIR/model loads with `pipeline("text-classification", model=...)`.
 """
 
-from accelerate import PartialState
-
 import packaged
 from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
@@ -20,10 +18,7 @@ from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuni
 def main(options: ScriptOptions) -> Result:
     packaged.prepare(*options.data.values())
     loaded = load_task(**options.data)
-    result = test_fine_tuning(**loaded.arguments(), **options.settings)
-    if result.metrics:
-        PartialState().print(f"Held-out accuracy: {result.metrics[-1]['accuracy']:.1%}")
-    return result
+    return test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":

@@ -89,11 +89,16 @@ def short(place: str) -> str:
 
 def machine() -> str:
     """Return versions, processor, threads and command, to print above the figures."""
+    command = shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    return f"{describe_machine()}; `{command}`"
+
+
+def describe_machine() -> str:
+    """Return versions, processor and threads."""
     modules = (torch, transformers, accelerate)
     versions = [f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in modules)]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor()
-    command = shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]])
-    return f"{', '.join(versions)}; {device}, {torch.get_num_threads()} thread(s); `{command}`"
+    return f"{', '.join(versions)}; {device}, {torch.get_num_threads()} thread(s)"
 
 
 def _processor() -> str:

@@ -279,7 +279,7 @@ def test_the_recipe_gives_the_same_model_on_one_process_and_on_two(tiny: Path, t
     alone = recipe(*words, "--output_dir", str(tmp_path / "one"))
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "two_cpu_processes.yaml"))
     together = recipe(*words, "--output_dir", str(tmp_path / "two"), launcher=launcher)
-    assert "Held-out accuracy: " in alone
+    assert "\nmetrics               accuracy " in alone
     assert together.count("FINE-TUNING TEST") == 1
     assert "Processes: 2" in together
     one, two = (Result.load(tmp_path / name / "result.json") for name in ("one", "two"))

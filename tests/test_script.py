@@ -1,14 +1,19 @@
 """Training scripts: their options, defaults, errors and exit statuses."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
+import optuna
 import pytest
+from datasets import Dataset
 
 from ftaccum import DataError, DivergedError, ScriptOptions, run_script
 from ftaccum.settings.recipe import Recipe
+from ftaccum.tasks.adapter_options import AdapterOptions
 
 OF_TASK = {"task": "text-classification", "model": "a-model", "train_data": Path("rows.csv"), "val_data": "held.csv"}
 
@@ -16,6 +21,18 @@ OF_TASK = {"task": "text-classification", "model": "a-model", "train_data": Path
 @dataclass
 class Own:
     temperature: float = field(default=2.0, metadata={"help": "temperature of the teacher"})
+
+
+@dataclass(frozen=True)
+class Many:
+    names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "some names"})
+    sizes: list[int] | None = field(default=None, metadata={"help": "some sizes"})
+    rate: float = 1.0
+    limit: int | None = None
+    fast: bool = False
+    shown: bool = True
+    kind: Literal["soft", "hard"] = "soft"
+    folder: Path = Path("here")
 
 
 def run(main: Callable[[ScriptOptions], Any], *words: str, **given: Any) -> int:
@@ -54,6 +71,104 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path)
     assert found.own == Own(3.0)
     assert found.data == {}
     assert set(found.settings) >= set(Recipe.__dataclass_fields__)
+
+
+def test_own_options_have_the_types_of_their_fields(tmp_path: Path) -> None:
+    words = ["--names", "b", "c", "--sizes", "3", "4", "--rate", "2", "--limit", "5", "--fast", "--no_shown"]
+    expected = Many(["b", "c"], [3, 4], 2.0, 5, True, False, "hard", Path("there"))
+    found = options(*words, "--kind", "hard", "--folder", "there", own=Many)
+    assert found.own == expected
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "names: [b, c]\nsizes: [3, 4]\nrate: 2\nlimit: 5\nfast: yes\nshown: false\nkind: hard\nfolder: there\n"
+    )
+    found = options("--config", str(file), own=Many)
+    assert found.own == expected
+    assert type(found.own.rate) is float
+    assert options("--limit", "none", "--fast", "no", own=Many, limit=3).own == Many()
+
+
+def test_own_options_may_include_those_of_ftaccum() -> None:
+    @dataclass
+    class Combined(AdapterOptions):
+        scale: float = 1.0
+
+    found = options("--lora", "--lora_targets", "query,value", "--scale", "2", own=Combined)
+    assert list(found.own.lora_argument()["target_modules"]) == ["query", "value"]
+    assert found.own.scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("names: b", "`names` must be a list, each entry a text, but is 'b' instead."),
+        ("sizes: [3, x]", "`sizes` must be a list, each entry an integer or None, but is [3, 'x'] instead."),
+        ("rate: [1.0]", "`rate` must be a number, but is [1.0] instead."),
+        ("limit: 1.5", "`limit` must be an integer or None, but is 1.5 instead."),
+        ("limit: true", "`limit` must be an integer or None, but is True instead."),
+        ("fast: 3", "`fast` must be True or False, but is 3 instead."),
+        ("kind: loud", "`kind` must be one of 'soft', 'hard', but is 'loud' instead."),
+        ("rate: null\nfast: 3", "`rate` must be a number, but is None instead.\n`fast` must be"),
+    ],
+)
+def test_a_file_with_a_value_of_another_type_is_refused(
+    line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(line)
+    assert run(lambda _: pytest.fail("the script started"), "--config", str(tmp_path / "run.yaml"), own=Many) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "default", "expected"),
+    [
+        ("batch_size", int, 1, "`own` has the field 'batch_size', which is another option of the script. Rename it."),
+        ("size", int, MISSING, "`own` has the field 'size' without a default. Give it one."),
+        ("size", tuple[int, ...], (), "`own` has the field 'size' of a type that no option can have."),
+        ("size", int | float, 1, "`own` has the field 'size' of a type that no option can have."),
+    ],
+)
+def test_own_options_that_cannot_be_given_are_refused(
+    name: str, kind: Any, default: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = make_dataclass("Declared", [(name, kind, field(default=default))])
+    assert run(lambda _: pytest.fail("the script started"), own=declared) == 2
+    assert expected in capsys.readouterr().err
+    assert run(lambda _: pytest.fail("the script started"), own=int) == 2
+    assert "`own` must be a dataclass, but is <class 'int'> instead." in capsys.readouterr().err
+
+
+def test_help_shows_own_options_and_those_that_most_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: pytest.fail("the script started"), "--help", description="What it does.", own=Own) == 0
+    page = capsys.readouterr().out
+    assert "What it does." in page
+    assert "temperature of the teacher (default: 2.0)" in page
+    assert "--learning_rate" in page
+    assert "--adam_beta1" not in page
+    assert run(lambda _: pytest.fail("the script started"), "--help", **OF_TASK) == 0
+    assert "(default: a-model)" in (page := capsys.readouterr().out)
+    assert "required" not in page
+    assert run(lambda _: pytest.fail("the script started"), "--help-all", own=Many) == 0
+    assert "--adam_beta1" in (everything := capsys.readouterr().out)
+    assert "--limit" in everything
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [([], True), (["--progress", "no"], False), (["--verbosity", "quiet"], False)]
+)
+def test_a_script_shows_the_bars_and_messages_that_a_run_shows(
+    words: list[str], shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: ScriptOptions) -> None:
+        Dataset.from_dict({"x": [1, 2]}).map(lambda row: row)
+        logging.getLogger("ftaccum").info("a message")
+
+    were_disabled = datasets.are_progress_bars_disabled()
+    assert run(main, *words) == 0
+    assert datasets.are_progress_bars_disabled() == were_disabled
+    written = capsys.readouterr().err
+    assert ("Map" in written) == shown
+    assert ("a message" in written) == ("--verbosity" not in words)
 
 
 def test_a_search_script_has_the_options_of_a_search() -> None:
@@ -99,3 +214,10 @@ def test_an_output_that_could_not_be_written_fails_a_script() -> None:
 
     assert run(lambda _: Unwritten(["the model"])) == 1
     assert run(lambda _: Unwritten([])) == 0
+
+
+def test_a_search_without_a_finished_trial_fails_a_script() -> None:
+    study = optuna.create_study()
+    assert run(lambda _: study, searches=True) == 1
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    assert run(lambda _: study, searches=True) == 0

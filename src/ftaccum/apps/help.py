@@ -73,7 +73,7 @@ def by_group(declared: Mapping[str, Field]) -> dict[str, list[Field]]:
 def _described(listed: Collection[Field], width: int) -> Iterator[str]:
     for one in listed:
         value = default_text(one)
-        text = one.metadata["help"] + (f" (default: {value})" if value else "")
+        text = (one.metadata.get("help") or one.name) + (f" (default: {value})" if value else "")
         yield _line(usage_of(one), text, width)
 
 

@@ -48,7 +48,7 @@ OPTIONS: dict[str, list[type]] = {
 
 _DATA = ("model", "train_data", "val_data", "task", "max_length")
 # The options that most people need, which `--help` shows. Commands that are not here show all of theirs.
-_FIRST = {
+FIRST_OPTIONS = {
     "train": (*_DATA, "batch_size", "effective_batch_size", "n_epochs", "learning_rate", "output_dir"),
     "preview": (*_DATA, "rows", "batch_size", "effective_batch_size", "n_epochs"),
     "search": (*_DATA[:-1], "batch_size", "accumulation_steps", "learning_rate", "n_trials", "n_epochs", "output_dir"),
@@ -95,7 +95,7 @@ def parse_options(command: str, words: Sequence[str], description: str) -> Any:
     parsed = parse(
         OPTIONS[command],
         words,
-        page=HelpPage(_USAGE.get(command, f"ftaccum {command} [options]"), description, _FIRST.get(command, ())),
+        page=HelpPage(_USAGE.get(command, f"ftaccum {command} [options]"), description, FIRST_OPTIONS.get(command, ())),
         elsewhere=elsewhere,
         renamed=_RENAMED if command == "search" else None,
         positional="RUN" if command in _RUNS else None,

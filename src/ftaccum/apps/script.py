@@ -14,6 +14,8 @@ from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import TrainArguments
 from .exit_status import FAILED, OK, reported
 from .help import HelpPage
+from .options import FIRST_OPTIONS
+from .own_options import check_own_options, read_own_options
 from .parser import parse
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 
@@ -60,11 +62,12 @@ def run_script(
         ftaccum.run_script(main, task="text-classification", model="bert-base-uncased", train_data="train.csv")
 
     Args:
-        main: trains with the options. If it returns the `Result` of the run, the exit status tells whether all of its
-            outputs were written.
+        main: trains with the options. If it returns a `Result`, the exit status tells whether all outputs were written;
+            if it returns the study of a search, whether a trial has finished.
         description: text for `--help`, usually the script's `__doc__`.
         task: the task of `load_task`; None for a script that loads its model and data on its own.
-        own: a dataclass of further options. Each field has a default and `metadata={"help": …}`.
+        own: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
+            float, str, Path, Literal or a list of one of them, or such a type or None.
         searches: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
         **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: other training data
@@ -74,16 +77,16 @@ def run_script(
         SystemExit: always.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    name = Path(sys.argv[0]).name
+    script = sys.argv[0]
 
     def run() -> int:
-        page = HelpPage(f"python {name} [options]", description or "")
+        page = HelpPage(f"python {script} [options]", description or "")
         options = _read_options(words, page, defaults | {"task": task} if task else defaults, own, searches)
-        result = main(options)
+        result = _without_noise(main, options)
         _leave_process_group()
-        return FAILED if getattr(result, "unwritten", None) else OK
+        return FAILED if _has_failed(result) else OK
 
-    sys.exit(reported(Path(name).stem, run))
+    sys.exit(reported(Path(script).stem, run))
 
 
 def _read_options(
@@ -93,16 +96,23 @@ def _read_options(
     run_kinds = [TrialRecipe if searches else Recipe, Runtime]
     search_kinds = [SpaceArguments, SearchSettings] if searches else []
     kinds = [*own_kinds, *task_kinds, *search_kinds, *run_kinds]
+    names = [f.name for kind in kinds[len(own_kinds) :] for f in fields(kind)]
+    if own is not None:
+        check_own_options(own, names)
+    first = [name for name in FIRST_OPTIONS["search" if searches else "train"] if name in names]
+    page = replace(page, first=[*(f.name for kind in own_kinds for f in fields(kind)), *first])
     parsed = dict(zip(kinds, _parse(kinds, words, page, defaults), strict=True))
 
     settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
     if task_kinds:
         settings["lora"] = parsed[AdapterOptions].lora_argument()
-    _check(settings, [parsed[kind] for kind in kinds if kind in (own, TrainArguments, SearchSettings)])
+    # Of the class that the script declares, not of one with other defaults.
+    own_options = own(**{f.name: getattr(parsed[own], f.name) for f in fields(own)}) if own else None
+    _check(settings, [parsed[kind] for kind in kinds if kind in (own, TrainArguments, SearchSettings)], own_options)
     settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
     if searches:
         settings["space"] = _space(settings["space"])
-    found = ScriptOptions({}, settings, parsed[own] if own else None)
+    found = ScriptOptions({}, settings, own_options)
     return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
 
 
@@ -119,14 +129,16 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
-    return [each if isinstance(each, raw) else read_settings(type(each), vars(each)) for each in parsed]
+    return [
+        each if kind in raw else read_settings(type(each), vars(each)) for kind, each in zip(kinds, parsed, strict=True)
+    ]
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass like `kind` with other defaults."""
     hints = get_type_hints(kind, include_extras=True)
     changed = [
-        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=f.metadata))
+        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=_not_required(f.metadata)))
         for f in fields(kind)
         if f.name in defaults
     ]
@@ -134,11 +146,15 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen) if changed else kind
 
 
+def _not_required(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {**metadata, "help": metadata.get("help", "").removesuffix(" (required)")}
+
+
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _check(settings: Mapping[str, Any], others: Sequence[Any]) -> None:
+def _check(settings: Mapping[str, Any], others: Sequence[Any], own: Any) -> None:
     """Check what can be checked before a model and data are loaded.
 
     Raises:
@@ -148,6 +164,7 @@ def _check(settings: Mapping[str, Any], others: Sequence[Any]) -> None:
     from ..training.preflight import faults_before_loading
 
     faults = [fault for each in others for fault in find_faults(each)]
+    faults += read_own_options(own) if own is not None else []
     refuse(faults + faults_before_loading(settings, looks_at_files=is_first_process()))
 
 
@@ -160,6 +177,23 @@ def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[s
         data["val_data"] = None
     rest = {name: value for name, value in options.settings.items() if name not in _OF_TEXT}
     return replace(options, data=data, settings=rest)
+
+
+def _without_noise(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
+    """Call `main`, with as many messages and progress bars of ftaccum and other libraries as a run shows."""
+    from ..tasks.load import loading
+
+    with loading(verbosity=options.settings["verbosity"], progress=options.settings["progress"]):
+        return main(options)
+
+
+def _has_failed(result: Any) -> bool:
+    """Return whether a `Result` could not write an output, or an Optuna study has no finished trial."""
+    if hasattr(result, "get_trials"):
+        from .search.tables import best_trial
+
+        return best_trial(result) is None
+    return bool(getattr(result, "unwritten", None))
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:
