@@ -12,6 +12,7 @@ from ..errors import DataError
 from .columns import Along, ColumnRules, Columns, check_presence
 from .dataset import Rows
 from .iterable import StreamRows
+from .prefixed import ids_of
 from .values import OddRowError, column_name
 
 _BATCH = 10_000  # rows of a table to read at a time, if values must be read
@@ -86,6 +87,8 @@ def _odd(every: "_List | _Table", columns: Columns, *, exact: bool) -> np.ndarra
     for name, found in lengths.items():
         sizes = columns.sizes[name]
         wanted = known[sizes[0]] if sizes and isinstance(sizes[0], Along) else sizes[0] if sizes else None
+        if sizes == (Along.NOTHING,):
+            wanted = lengths.get(ids_of(name) or "")
         if found is not None and wanted is not None:
             odd = np.union1d(odd, np.flatnonzero(found != wanted))
     return odd
