@@ -102,7 +102,7 @@ def _read_options(
     settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
     if searches:
         settings["space"] = _space(settings["space"])
-    found = ScriptOptions({}, settings, parsed[own] if own else None)
+    found = ScriptOptions({}, settings, _without_other_val_data(parsed[own], defaults) if own else None)
     return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
 
 
@@ -152,14 +152,21 @@ def _check(settings: Mapping[str, Any], others: Sequence[Any]) -> None:
 
 
 def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[str, Any]) -> ScriptOptions:
-    """Share the settings among `load_task` and `test_fine_tuning`, and drop a default `val_data` of other data."""
+    """Share the settings among `load_task` and `test_fine_tuning`."""
     shared = {name: options.settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in options.settings}
-    data = vars(named) | shared
-    is_other = named.train_data != _plain(defaults.get("train_data"))
-    if is_other and named.val_data == _plain(defaults.get("val_data")):
-        data["val_data"] = None
+    data = vars(_without_other_val_data(named, defaults)) | shared
     rest = {name: value for name, value in options.settings.items() if name not in _OF_TEXT}
     return replace(options, data=data, settings=rest)
+
+
+def _without_other_val_data(named: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return options of data without a default `val_data` that belongs to other training data."""
+    both = ("train_data", "val_data")
+    if not all(hasattr(named, name) for name in both):
+        return named
+    train, val = (_plain(defaults.get(name)) for name in both)
+    is_other = named.train_data != train and named.val_data == val
+    return replace(named, val_data=None) if is_other else named
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:
