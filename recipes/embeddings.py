@@ -118,6 +118,7 @@ def main(options: ScriptOptions) -> Result:
         tokenizer=tokenizer,
         loss_fn=loss,
         compute_metrics=retrieval,
+        lora=own.lora_argument(),
         **options.settings,
     )
     for when, metrics in (("before", result.initial_metrics), ("after", result.metrics[-1] if result.metrics else {})):

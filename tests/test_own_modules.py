@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -97,3 +98,20 @@ def test_a_wrapper_trains_with_checkpointing_and_saves_the_model_inside(model: s
         for name, weight in wrapped.model.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
         assert "AutoModelForSequenceClassification" in (folder / "README.md").read_text()
+
+
+def test_a_wrapper_gets_adapters_in_the_model_inside(model: str, tmp_path: Path) -> None:
+    inner = AutoModelForSequenceClassification.from_pretrained(model)
+    inner.config.name_or_path = model
+    wrapped = Twice(inner)
+    rows = [{"input_ids": [1, 2, 3][:n], "labels": n % 2} for n in (1, 2, 3, 2)]
+    result = ftaccum.test_fine_tuning(
+        wrapped, train_data=rows, max_updates=2, lora={"r": 2}, validation_split=0.0, progress=False, save="merged",
+        verbosity="quiet", output_dir=tmp_path / "out", learning_rate=0.1,
+    )  # fmt: skip
+    assert result.model is wrapped
+    assert isinstance(wrapped.model, PeftModel)
+    assert {name.partition(".")[0] for name, p in wrapped.named_parameters() if p.requires_grad} == {"model"}
+    batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    torch.testing.assert_close(merged(**batch).logits, wrapped.eval().model(**batch).logits)

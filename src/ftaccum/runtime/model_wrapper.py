@@ -39,3 +39,11 @@ class ModelWrapper(nn.Module):
 def inner_model(model: Any) -> Any:
     """Return the model in a `ModelWrapper`; any other model itself."""
     return inner_model(model.model) if isinstance(model, ModelWrapper) else model
+
+
+def with_inner_model(model: Any, inner: Any) -> Any:
+    """Return a `ModelWrapper` with another model inside; in place of any other model, `inner` itself."""
+    if not isinstance(model, ModelWrapper):
+        return inner
+    model.model = with_inner_model(model.model, inner)
+    return model

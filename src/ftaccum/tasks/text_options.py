@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from ..data.text_columns import check_column
 from ..errors import DataError
 from ..fields import PositiveInt, Text, setting
+from .adapter_options import AdapterOptions
 from .arguments import ModelArguments
 from .model_source import ModelSource
 from .reading.rows import read_rows
@@ -17,8 +18,8 @@ from .rows import first_rows
 
 
 @dataclass
-class TextOptions(ModelArguments):
-    """The options `model`, `train_data` and `val_data` of a script that trains a module of its own on texts.
+class TextOptions(ModelArguments, AdapterOptions):
+    """The options of a model, its adapters and its data, for a script that trains a module of its own on texts.
 
     A script derives a dataclass with further options from it, and gives it to `run_script` as `own`:
 
@@ -28,7 +29,7 @@ class TextOptions(ModelArguments):
 
         def main(options):
             model, tokenizer = options.own.load(AutoModel)
-            rows = options.own.read(("question", "answer"))
+            rows = options.own.read(("question", "answer"))  # test_fine_tuning(..., lora=options.own.lora_argument())
             ...
 
         ftaccum.run_script(main, own=Options, model="bert-base-uncased", train_data="train.csv")
