@@ -9,7 +9,9 @@ from exactness import accumulated_gradients
 from ftaccum import DataError, test_fine_tuning
 from ftaccum.data.columns import Along, ColumnRules, Columns
 from ftaccum.data.convert import as_rows
+from ftaccum.data.novelty import kinds_of
 from ftaccum.data.padding import PaddingCollator
+from ftaccum.data.rare_rows import RareRows
 from heads import Row, relative_error
 
 
@@ -89,3 +91,10 @@ def test_the_gradient_of_rows_with_several_texts_is_that_of_one_batch() -> None:
     for data in (ROWS, datasets.Dataset.from_list(ROWS)):
         found = accumulated_gradients(model, data, batch_size=2, effective_batch_size=5, verbosity="quiet")
         assert relative_error(found[0], expected) < 1e-14
+
+
+def test_the_tokens_of_several_texts_are_no_kinds_of_rows() -> None:
+    rows = [{**row, "labels": n % 2} for n, row in enumerate(ROWS)]
+    assert kinds_of(PaddingCollator(ColumnRules())(rows)).keys() == {"labels"}
+    chosen = RareRows.of(as_rows(rows, "train_data"), -100, ())
+    assert len(chosen.positions) == 2, "a row for each label, and none for a token"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objective.item_counts import TOKEN_COLUMNS
 from ..objective.model_forward import is_label
-from .prefixed import ids_of
+from ..objective.prefixed import ids_of
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 

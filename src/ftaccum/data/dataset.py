@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ..errors import DataError
+from ..objective.prefixed import length_columns
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
@@ -19,7 +20,6 @@ from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings.recipe import Recipe
 from .encode_table import Encode, encode_table
 from .forms import ChangedRows
-from .prefixed import length_columns
 from .row import Row, as_row, check_row, is_row, length_of
 from .table import make_table
 

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .prefixed import length_columns
+from ..objective.prefixed import length_columns
 
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 

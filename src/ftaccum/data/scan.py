@@ -9,10 +9,10 @@ import pyarrow.compute
 from datasets import Dataset
 
 from ..errors import DataError
+from ..objective.prefixed import ids_of
 from .columns import Along, ColumnRules, Columns, check_presence
 from .dataset import Rows
 from .iterable import StreamRows
-from .prefixed import ids_of
 from .values import OddRowError, column_name
 
 _BATCH = 10_000  # rows of a table to read at a time, if values must be read

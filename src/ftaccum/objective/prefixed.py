@@ -3,9 +3,9 @@
 Each text has a length of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
-from ..objective.item_counts import TOKEN_COLUMNS
+from .item_counts import TOKEN_COLUMNS
 
 _IDS = "_input_ids"
 _ENDINGS = (*(f"_{column}" for column in TOKEN_COLUMNS), "_labels")
@@ -25,3 +25,12 @@ def length_columns(names: Iterable[str]) -> list[str]:
     """Return the names of the columns of token ids: `input_ids`, or else all with a prefix."""
     known = list(names)
     return ["input_ids"] if "input_ids" in known else [name for name in known if ids_of(name) == name]
+
+
+def is_tokens_column(name: str, names: Container[str]) -> bool:
+    """Return whether a column has a number for each token, whose values tell nothing about the kind of a row.
+
+    Args:
+        names: the names of all columns.
+    """
+    return name in TOKEN_COLUMNS or ids_of(name) in names
