@@ -8,20 +8,23 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import chats, minilm, movies, smollm, words
+from . import chats, digit_models, digits, minilm, movies, preferences, smollm, words
 from .chats import CHATS_TRAIN, CHATS_VAL
+from .digit_models import DIGIT_TEACHER, TINY_VIT
+from .digits import DIGITS_TRAIN, DIGITS_VAL
 from .files import CACHE
 from .minilm import MINILM
 from .movies import MOVIES_TRAIN, MOVIES_VAL
+from .preferences import PREFERENCES_TRAIN, PREFERENCES_VAL
 from .smollm import SMOLLM
 from .words import WORDS_TRAIN, WORDS_VAL
 
 __all__ = [
-    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL", "SMOLLM", "WORDS_TRAIN", "WORDS_VAL",
-    "prepare",
+    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "DIGITS_TRAIN", "DIGITS_VAL", "DIGIT_TEACHER", "MINILM", "MOVIES_TRAIN",
+    "MOVIES_VAL", "PREFERENCES_TRAIN", "PREFERENCES_VAL", "SMOLLM", "TINY_VIT", "WORDS_TRAIN", "WORDS_VAL", "prepare",
 ]  # fmt: skip
 
-_SOURCES = (chats, minilm, movies, smollm, words)
+_SOURCES = (chats, digit_models, digits, minilm, movies, preferences, smollm, words)
 
 
 def prepare(*names: Any) -> None:
