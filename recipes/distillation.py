@@ -1,8 +1,8 @@
 """Distil an image classifier: train a small student on the labels and on the probabilities of a larger teacher.
 
     python recipes/distillation.py --config recipes/distillation.yaml      # packaged teacher, student and digits
-    python recipes/distillation.py --teacher google/vit-base-patch16-224 --model facebook/deit-tiny-patch16-224 \\
-        --train_data timm/mini-imagenet --batch_size 32 --effective_batch_size 1024
+    python recipes/distillation.py --teacher nateraw/vit-base-beans --model facebook/deit-tiny-patch16-224 \\
+        --train_data AI-Lab-Makerere/beans --batch_size 32 --effective_batch_size 128
     python recipes/distillation.py --teacher outputs/mine/model --model small-vit --train_data images/
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/distillation.py \\
         --config recipes/distillation.yaml

@@ -20,7 +20,7 @@ def prepare() -> None:
     if not DIGITS_TRAIN.exists():
         digits.prepare()
     say("Preparing a teacher for the digits (once): half a minute of training …")
-    small = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     sizes = {"patch_size": 1, "num_stages": 2, "hidden_sizes": [32, 64], "depths": [1, 1], "initializer_range": 0.05}
     set_seed(0)
