@@ -70,10 +70,12 @@ def test_a_script_reads_the_texts_that_its_options_name(model: str, tmp_path: Pa
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([list(TEXTS), *zip(*TEXTS.values(), strict=True)])
     train, val = (str(tmp_path / f"{name}.csv") for name in ("train", "val"))
-    own = options("--max_val_rows", "1", "--other", "grade", model=model, train_data=train, val_data=val).own
+    words = ("--max_val_rows", "1", "--other", "grade", "--lora_targets", "query,value")
+    own = options(*words, model=model, train_data=train, val_data=val).own
     rows = own.read(("question", own.other))
     assert {name: len(each) for name, each in rows.items()} == {"train_data": 2, "val_data": 1}
     assert rows["train_data"]["grade"] == ["3", "4"], "a column of texts, although all are numbers"
+    assert own.lora_argument() == {"target_modules": ["query", "value"]}
     assert own.load(AutoModel)[0].config.model_type == "bert"
 
 

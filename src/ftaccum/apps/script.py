@@ -11,7 +11,7 @@ from ..errors import refuse
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
-from ..tasks.arguments import TrainArguments
+from ..tasks.arguments import ModelArguments, TrainArguments
 from .exit_status import FAILED, OK, reported
 from .help import HelpPage
 from .parser import parse
@@ -117,9 +117,12 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     parsed = parse([_with_defaults(kind, defaults) for kind in kinds], words, page=page)
     missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
-    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values.
+    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters without a model.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
-    return [each if isinstance(each, raw) else read_settings(type(each), vars(each)) for each in parsed]
+    are_raw = [isinstance(each, raw) and not isinstance(each, ModelArguments) for each in parsed]
+    return [
+        each if is_raw else read_settings(type(each), vars(each)) for each, is_raw in zip(parsed, are_raw, strict=True)
+    ]
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
