@@ -15,7 +15,10 @@ from gpu_checks import report
 from gpu_checks.__main__ import Part, main, run_parts
 from gpu_checks.estimates import estimates_of
 from gpu_checks.exactness import accumulated, largest_error, no_float32, one_batch, relative_error, windows_of
+from gpu_checks.habit_effects import gpu_columns, memory_effects, time_effects
+from gpu_checks.habit_loop import HABITS, LOOPS
 from gpu_checks.job import EACH, LAST, ONE_COPY, WHOLE, Job, rows_of
+from gpu_checks.memory_habits import measure_habits
 from gpu_checks.resume import differing_bits
 from sharding import needs_sharding
 
@@ -80,6 +83,41 @@ def test_shards_are_estimated_to_take_less_memory_than_whole_copies() -> None:
     assert found[EACH] < found[WHOLE]
 
 
+def test_an_effect_is_a_change_beyond_the_spread_of_the_runs() -> None:
+    loops = dict.fromkeys(LOOPS, 100.0)
+    assert memory_effects(loops | {"del": 99.0, "set_to_none=False": 125.0}) == {
+        "del outputs, loss": "no effect",
+        "empty_cache()": "no effect",
+        "zero_grad(set_to_none=True)": "-20%",
+        "pin_memory=True": "no effect",
+        "num_workers=2": "no effect",
+    }
+    times = {loop: [1.0, 2.0, 3.0] for loop in LOOPS}
+    found = time_effects(times | {"workers": [4.0, 4.0, 5.0], "del": [2.9, 5.0, 9.0]})
+    assert [found[habit] for habit in ("num_workers=2", "del outputs, loss")] == ["+100%", "no effect"]
+
+
+def test_columns_of_a_gpu_are_filled_by_a_run_on_a_gpu_only(tmp_path: Path) -> None:
+    file, seconds = tmp_path / "gpu_check.json", {loop: [1.0] for loop in LOOPS}
+    peaks = dict.fromkeys(LOOPS, 100) | {"empty_cache": 50}
+    empty = {"peak, GPU": "not measured", "reserved, GPU": "not measured", "time, GPU": "not measured"}
+    for part in (None, {"failed": "out of time"}, {"peak": dict.fromkeys(LOOPS), "seconds": seconds}):
+        if part is not None:
+            file.write_text(json.dumps({"parts": {"memory habits": part}}))
+        assert {name: column["empty_cache()"] for name, column in gpu_columns(file).items()} == empty
+    on_a_gpu = {"peak": dict.fromkeys(LOOPS, 100), "reserved": peaks, "seconds": seconds}
+    file.write_text(json.dumps({"parts": {"memory habits": on_a_gpu}}))
+    found = {name: column["empty_cache()"] for name, column in gpu_columns(file).items()}
+    assert found == {"peak, GPU": "no effect", "reserved, GPU": "-50%", "time, GPU": "no effect"}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_habits_are_measured_on_a_cpu_without_peaks() -> None:
+    found = measure_habits(Job("memory habits", "", 1, seconds=0.0), 0)
+    assert {loop: len(seconds) for loop, seconds in found["seconds"].items()} == dict.fromkeys(LOOPS, 1)
+    assert report.habits(found).count("not measured") == 2 * len(HABITS)
+
+
 def test_a_wrong_limit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--minutes", "0"])
@@ -105,6 +143,7 @@ def test_the_command_runs_on_two_cpu_processes(tmp_path: Path) -> None:
     errors = parts["exactness (tiny model)"]["errors"]
     assert max(errors["float64"].values()) < 1e-14
     assert min(parts["memory and speed"]["tokens per second"].values()) > 0
+    assert len(parts["memory habits"]["seconds"]) == len(LOOPS)
     for way in (WHOLE, EACH):
         assert parts[f"resume, {way}"]["resumed at update"] > 1
         assert parts[f"resume, {way}"]["differing bits"] == parts[f"resume, {way}"]["differing losses"] == 0

@@ -267,3 +267,11 @@ def test_adapters_with_their_usual_options_can_be_trained_on_weights_of_few_bits
     with pytest.raises((DataError, SettingsError)) as caught:
         load_task("text-classification", "/absent", "/absent.csv", load_in_8bit=True, lora={})
     assert "cannot be trained" not in str(caught.value)
+
+
+def test_only_the_first_rows_of_each_file_are_read(encoder: str, tmp_path: Path) -> None:
+    file = save_rows(tmp_path / "rows.jsonl", labelled(["a", "b", "a", "b", "a", "b", "a"]))
+    loaded = load_task("text-classification", encoder, file, file, max_train_rows=4, max_val_rows=2)
+    assert (len(loaded.train), len(loaded.val or ())) == (4, 2)
+    assert loaded.val is not None
+    assert loaded.val["label"][:] == [0, 1]

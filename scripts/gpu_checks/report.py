@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .habit_effects import memory_effects, time_effects
+from .habit_loop import HABITS
 from .machine import GB
 
 _WIDTH = 16
@@ -50,6 +52,14 @@ def resume(found: dict[str, Any]) -> str:
         f"{found['differing bits']} differing bits in the weights, {found['differing losses']} differing losses "
         f"(two undisturbed runs: {found['differing bits of two undisturbed runs']} differing bits)"
     )
+
+
+def habits(found: dict[str, Any]) -> str:
+    """Describe how each habit changes the peaks and the time of an epoch."""
+    columns = [memory_effects(found["peak"]), memory_effects(found["reserved"]), time_effects(found["seconds"])]
+    lines = [f"{'':<30}" + "".join(f"{name:>{_WIDTH}}" for name in ("peak", "reserved", "time"))]
+    lines += [f"{habit:<30}" + "".join(f"{column[habit]:>{_WIDTH}}" for column in columns) for habit in HABITS]
+    return "\n".join(lines)
 
 
 def _error(value: float | None) -> str:

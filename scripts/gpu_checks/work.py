@@ -8,10 +8,16 @@ import torch
 
 from .exactness import gradient_errors
 from .job import Job
+from .memory_habits import measure_habits
 from .resume import train_and_save
 from .training import measure
 
-PARTS = {"exactness": gradient_errors, "memory and speed": measure, "resume": train_and_save}
+PARTS = {
+    "exactness": gradient_errors,
+    "memory and speed": measure,
+    "resume": train_and_save,
+    "memory habits": measure_habits,
+}
 
 
 def main(file: Path, rank: int) -> None:

@@ -20,6 +20,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "problem_type": "regression",
     "rows": "3",
     "max_train_rows": "1000",
+    "max_val_rows": "1000",
     "delimiter": "tab",
     "encoding": "cp1252",
     "train_data_weights": "0.7,0.3",

@@ -109,6 +109,7 @@ TRAINER = (
     Name("dataset_config_name dataset_config", "`train_data`", "On the command line, `name:config` of the hub."),
     Name("validation_file", "`val_data`"),
     Name("max_train_samples", "`max_train_rows`", "In Python, give fewer rows."),
+    Name("max_eval_samples", "`max_val_rows`", "In Python, give fewer rows."),
     Name("label_column_name", "`label_column`", 'In Python, name the column "label" or "labels".'),
     Name("text_column_name", "`text_columns`"),
 )  # fmt: skip

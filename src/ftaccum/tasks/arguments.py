@@ -116,6 +116,9 @@ class TrainArguments(NamedArguments):
     load_in_4bit: Flag = _data(False, "load linear layers with 4 bits through bitsandbytes; needs lora")
     load_in_8bit: Flag = _data(False, "load linear layers with 8 bits through bitsandbytes; needs lora")
     val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
+    max_val_rows: PositiveInt | None = _data(
+        None, "validate on at most this many of the first rows of val_data; none: on all rows"
+    )
 
 
 def faults_of_task_options(named: NamedArguments) -> list[str]:

@@ -44,7 +44,8 @@ def load_rows(
     train = first_rows(read_rows(named.train_data, options, seed=seed, text_columns=texts), named.max_train_rows)
     val = None
     if named.val_data:
-        val = read_rows(named.val_data, options, argument="val_data", split="validation", text_columns=texts)
+        rows = read_rows(named.val_data, options, argument="val_data", split="validation", text_columns=texts)
+        val = first_rows(rows, named.max_val_rows)
     names = columns_of(train)
     chosen = choose_columns(names, task.roles, task.given, "train_data")
     if not task.reads_text:

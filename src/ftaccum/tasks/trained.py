@@ -122,6 +122,7 @@ def _named(run: str, given: TrainedArguments, record: RunRecord | None, folder: 
         "add_tokens",
         "freeze",
         "max_train_rows",
+        "max_val_rows",
         "chat_template",  # the tokenizer has it
     }
     sources = {} if record is None else {name: value for name, value in record.sources.items() if name in known}

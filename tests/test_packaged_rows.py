@@ -1,0 +1,75 @@
+"""Rows that are made from the labels and definitions of packages."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+from packaged.addresses import as_rows
+from packaged.choices import as_choices
+from packaged.digits import save_png
+from packaged.questions import as_questions
+
+ADDRESS = {
+    "tokens": ["12", "Old", "Mill", "Rd.", "#4,", "(Rock", "Hill),", "SC"],
+    "tags": ["AddressNumber", *["StreetName"] * 2, "StreetNamePostType", "OccupancyIdentifier", *["PlaceName"] * 2,
+             "StateName"],
+}  # fmt: skip
+
+
+def test_addresses_are_words_with_labels_and_no_address_comes_twice() -> None:
+    texts = ["<A><Number>1</Number> <Street> Elm</Street></A>", "<A><Number>1</Number> <Street>ELM</Street></A>",
+             "<A><Street>Elm</Street></A>"]  # fmt: skip
+    assert as_rows(map(ElementTree.fromstring, texts)) == [
+        {"tokens": ["1", "Elm"], "tags": ["Number", "Street"]},
+        {"tokens": ["Elm"], "tags": ["Street"]},
+    ]
+
+
+def test_the_answers_to_questions_about_an_address_are_its_parts_without_punctuation() -> None:
+    rows = list(as_questions([ADDRESS]))
+    assert {row["context"] for row in rows} == {"12 Old Mill Rd. #4, (Rock Hill), SC"}
+    answers = {row["question"][len("Which part is the ") : -1]: row["answers"] for row in rows}
+    assert {name: answer["text"][0] for name, answer in answers.items()} == {
+        "house number": "12",
+        "street name": "Old Mill",
+        "kind of street after its name": "Rd",
+        "number of the unit": "#4",
+        "city": "Rock Hill",
+        "state": "SC",
+    }
+    for row in rows:
+        (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+        assert row["context"][start:].startswith(text)
+
+
+def test_no_question_asks_for_a_label_in_two_places() -> None:
+    row = {"tokens": ["Elm", "5", "Street"], "tags": ["StreetName", "AddressNumber", "StreetName"]}
+    assert [each["question"] for each in as_questions([row])] == ["Which part is the house number?"]
+
+
+def test_wrong_choices_have_the_most_similar_definitions_and_none_of_them_is_right() -> None:
+    definitions = {
+        "jet": ["a fast machine that flies"],
+        "kite": ["a light machine that flies"],
+        "plane": ["a fast machine that flies straight", "a fast machine that flies"],
+        "drone": ["a small machine that flies"],
+        "glider": ["a quiet machine that flies"],
+        "coal": ["black and very hard"],
+    }
+    rows = list(as_choices([(texts[0], word) for word, texts in definitions.items()], definitions))
+    assert [row["answer"] for row in rows] == list(definitions)
+    assert set(rows[0]["choices"]) == {"jet", "kite", "drone", "glider"}  # "plane" has the definition, too
+    assert all(row["answer"] in row["choices"] and len(set(row["choices"])) == 4 for row in rows)
+    assert len({row["choices"].index(row["answer"]) for row in rows}) > 1
+
+
+def test_a_digit_is_saved_from_black_to_white(tmp_path: Path) -> None:
+    save_png(tmp_path / "3" / "0.png", np.arange(64) % 17)
+    pixels = np.asarray(Image.open(tmp_path / "3" / "0.png"))
+    assert pixels.shape == (8, 8)
+    assert (pixels[0, 0], pixels[1, 7], pixels[2, 0]) == (0, 239, 255)
