@@ -9,8 +9,19 @@ from typing import Any
 from filelock import FileLock
 
 from . import (
-    addresses, chats, choices, digit_models, digits, minilm, movies, preferences, questions, small_vit, smollm, words,
-)  # fmt: skip
+    addresses,
+    chats,
+    choices,
+    digit_models,
+    digits,
+    minilm,
+    movies,
+    preferences,
+    questions,
+    small_vit,
+    smollm,
+    words,
+)
 from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
 from .chats import CHATS_TRAIN, CHATS_VAL
 from .choices import CHOICES_TRAIN, CHOICES_VAL
