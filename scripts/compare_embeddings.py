@@ -39,9 +39,11 @@ from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, EvalPrediction
 
 import packaged
-from embeddings import PairCollator, PairEncoder, encode, read_pairs, retrieval
+from embeddings import PairEncoder, encode, retrieval
 from embeddings_task import Clock, Outcome, Task, memory, without_dropout
-from ftaccum import plan, test_fine_tuning
+from ftaccum import TextOptions, plan, test_fine_tuning
+from ftaccum.data.columns import ColumnRules
+from ftaccum.data.padding import PaddingCollator
 from ftaccum.losses import MultipleNegativesRankingLoss
 from measuring import machine
 
@@ -99,16 +101,16 @@ OURS: dict[str, dict[str, Any]] = {
 
 def tokenised(pairs: list[tuple[str, str]], tokenizer: Any, max_length: int) -> Dataset:
     sides = zip(*pairs, strict=True)
-    return encode(Dataset.from_dict(dict(zip(SIDES, sides, strict=True))), tokenizer, SIDES, max_length)
+    return encode(Dataset.from_dict(dict(zip(SIDES, sides, strict=True))), tokenizer, *SIDES, max_length=max_length)
 
 
 @torch.no_grad()
-def embed(model: PairEncoder, rows: Dataset, collate: PairCollator, batch_size: int) -> list[list[list[float]]]:
+def embed(model: PairEncoder, rows: Dataset, collate: PaddingCollator, batch_size: int) -> list[list[list[float]]]:
     model.eval()
     found = []
     for part in rows.iter(batch_size):
         batch = collate([dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True)])
-        batch.pop("labels")
+        batch = {name: values for name, values in batch.items() if name.endswith(("input_ids", "attention_mask"))}
         found.append(model(**batch))
     return [torch.cat([part[side] for part in found]).tolist() for side in ("anchor", "positive")]
 
@@ -117,7 +119,7 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     train, val = (tokenised(pairs, tokenizer, task.max_length) for pairs in (task.train, task.val))
-    collate = PairCollator(tokenizer.pad_token_id)
+    collate = PaddingCollator(ColumnRules(), pad_token_id=tokenizer.pad_token_id)
     model, clock = PairEncoder(AutoModel.from_pretrained(task.model)), Clock()
     without_dropout(model)
     before = memory().now
@@ -125,7 +127,7 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
     if options:  # none: leave the model untuned
         result = test_fine_tuning(
             model, train_data=train, validation_split=0.0, n_epochs=1, batch_size=task.batch_size,
-            effective_batch_size=task.effective_batch_size, data_collator=collate, learning_rate=task.learning_rate,
+            effective_batch_size=task.effective_batch_size, tokenizer=tokenizer, learning_rate=task.learning_rate,
             warmup_steps=task.warmup_steps, weight_decay=task.weight_decay, gradient_clip_norm=task.clip,
             random_seed=task.seed, loss_fn=MultipleNegativesRankingLoss(scale=task.scale), callbacks=[clock],
             progress=False, verbosity="quiet", **options,
@@ -136,11 +138,15 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
     return Outcome(losses, clock.seconds(), clock.cpu_seconds(), before, peak, held_out)
 
 
+def read_pairs(path: Path, limit: int) -> Dataset:
+    return TextOptions(train_data=str(path), max_train_rows=limit).read(SIDES)["train_data"]
+
+
 def make_task(updates: int, n_val: int, seed: int) -> Task:
     packaged.prepare(packaged.MINILM, packaged.WORDS_TRAIN)
     sizes: dict[str, Any] = {"batch_size": 16, "effective_batch_size": 512}
     train, val = (
-        [(row[SIDES[0]], row[SIDES[1]]) for row in read_pairs(str(path), SIDES, limit).to_list()]
+        [(row[SIDES[0]], row[SIDES[1]]) for row in read_pairs(path, limit)]
         for path, limit in ((packaged.WORDS_TRAIN, updates * 512), (packaged.WORDS_VAL, n_val))
     )
     planned = plan(len(train), validation_split=0.0, n_epochs=1, random_seed=seed, **sizes)

@@ -85,6 +85,7 @@ def test_public_names() -> None:
         "LostProcessError",
         "MeanSquaredError",
         "MetricsError",
+        "ModelWrapper",
         "OutputWarning",
         "PaddingWarning",
         "Plan",
@@ -92,6 +93,7 @@ def test_public_names() -> None:
         "Result",
         "ScriptOptions",
         "SettingsError",
+        "TextOptions",
         "TextWarning",
         "UntrainedLossWarning",
         "Verification",
@@ -103,6 +105,7 @@ def test_public_names() -> None:
         "run_script",
         "search",
         "test_fine_tuning",
+        "tokenize_columns",
         "verify",
     ]
     for name in ftaccum.__all__:

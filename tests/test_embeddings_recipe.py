@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, EvalPrediction
 
-from ftaccum import DataError, Result, SettingsError
+from ftaccum import Result
+from ftaccum.data.columns import ColumnRules
+from ftaccum.data.padding import PaddingCollator
+from recipe_runs import RECIPES, run_recipe
 from task_files import save_encoder
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 PAIRS = [
     ("a good film", "good"), ("the very bad film", "bad"), ("the film", "a film"), ("not bad", "good film"),
     ("good good good film", "a"), ("negative", "not positive"), ("row1 row2 a film", "the row3"), ("film", "row4 row5"),
@@ -76,32 +77,31 @@ def test_retrieval_ranks_each_positive_among_those_with_another_label(recipe: Mo
 def test_an_embedding_depends_on_neither_padding_nor_other_rows(recipe: ModuleType, model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = Dataset.from_dict({"query": [a for a, _ in PAIRS], "answer": [b for _, b in PAIRS]})
-    encoded = recipe.encode(rows, tokenizer, ("query", "answer"), 32)
+    encoded = recipe.encode(rows, tokenizer, "query", "answer")
     encoder = recipe.PairEncoder(AutoModel.from_pretrained(model).double()).eval()
-    batch = recipe.PairCollator(tokenizer.pad_token_id)(encoded.to_list())
+    batch = PaddingCollator(ColumnRules(), pad_token_id=tokenizer.pad_token_id)(encoded.to_list())
     assert batch.pop("labels").tolist() == list(range(len(PAIRS)))
     with torch.no_grad():
-        together = encoder(**batch)
+        together = encoder(**{name: values for name, values in batch.items() if "token_type" not in name})
     for side, texts in zip(("anchor", "positive"), zip(*PAIRS, strict=True), strict=True):
         torch.testing.assert_close(together[side].float(), embed(model, texts))
 
 
 def test_rows_with_the_same_positive_have_the_same_label(recipe: ModuleType, model: str) -> None:
     rows = Dataset.from_dict({"query": ["a", "the", "not", "film"], "answer": ["good", "bad", "good", "very"]})
-    encoded = recipe.encode(rows, AutoTokenizer.from_pretrained(model), ("query", "answer"), 32)
+    encoded = recipe.encode(rows, AutoTokenizer.from_pretrained(model), "query", "answer")
     assert encoded["labels"] == [0, 1, 0, 2]
 
 
 def test_the_recipe_compares_each_pair_with_all_others_of_its_update(
-    recipe: ModuleType, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = save_pairs(tmp_path / "pairs.csv", PAIRS)
     output = tmp_path / "output"
-    recipe.main(
-        ["--model", model, "--train_data", pairs, "--val_data", pairs, "--anchor", "query", "--positive", "answer",
-         "--max_val_rows", "9", "--batch_size", "3", "--effective_batch_size", "10", "--n_epochs", "3",
-         "--learning_rate", "3e-3", "--progress", "no", "--keep_checkpoints", "0", "--output_dir", str(output)]
-    )  # fmt: skip
+    words = ["--model", model, "--train_data", pairs, "--val_data", pairs, "--anchor", "query", "--positive", "answer",
+             "--max_val_rows", "9", "--batch_size", "3", "--effective_batch_size", "10", "--n_epochs", "3",
+             "--learning_rate", "3e-3", "--progress", "no", "--keep_checkpoints", "0"]  # fmt: skip
+    assert run_recipe("embeddings", *words, "--output_dir", str(output)) == 0
     result = Result.load(output)
     anchors, positives = (embed(model, texts) for texts in zip(*PAIRS, strict=True))
     scores = 20 * F.cosine_similarity(anchors[:, None], positives[None], dim=-1)
@@ -109,22 +109,29 @@ def test_the_recipe_compares_each_pair_with_all_others_of_its_update(
     assert result.loss_history[-1] < result.loss_history[0]
     found = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics[-1].items())
     assert list(result.metrics[-1]) == ["recall@1", "recall@10", "mrr"]
-    assert f"Held-out retrieval: {found}\n" in capsys.readouterr().out
+    assert f"Held-out retrieval after training: {found}\n" in capsys.readouterr().out
     trained = embed(str(output / "model"), PAIRS[5])  # loads as an encoder with its tokenizer
     assert F.cosine_similarity(*trained, dim=0) != F.cosine_similarity(anchors[5], positives[5], dim=0)
 
 
-def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, tmp_path: Path) -> None:
-    pairs = save_pairs(tmp_path / "pairs.csv", PAIRS)
-    blank = save_pairs(tmp_path / "blank.csv", [*PAIRS[:3], ("film", "")])
-    absent = str(tmp_path / "absent")
-    given: dict[str, Any] = {"--model": model, "--train_data": pairs, "--anchor": "query", "--positive": "answer"}
-    for changed, error, sentence in (
-        ({"--scale": "0", "--model": absent}, SettingsError, "`scale` must be a positive number, but is 0"),
-        ({"--model": absent}, SettingsError, "cannot be loaded"),
-        ({"--positive": "reply"}, DataError, "'reply'"),
-        ({"--train_data": blank}, DataError, "In `train_data`, row 3 has no text in the column 'answer'"),
-        ({"--max_length": "99"}, SettingsError, "`max_length` is 99, but .* accept at most"),
-    ):
-        with pytest.raises(error, match=sentence):
-            recipe.main([word for pair in (given | changed).items() for word in pair])
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"--scale": "0", "--model": "absent"}, "`scale` must be a positive number, but is 0"),
+        ({"--model": "absent"}, "`model` 'absent' cannot be loaded"),
+        ({"--positive": "reply"}, "`train_data` has no column 'reply'"),
+        ({"--train_data": "blank.csv"}, "In `train_data`, row 3 has no text in the column 'answer'"),
+        ({"--max_length": "99"}, "`max_length` is 99, but the tokenizer and the model accept at most"),
+    ],
+)
+def test_bad_input_is_reported_in_one_sentence(
+    changed: dict[str, str], sentence: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "absent").mkdir()
+    save_pairs(tmp_path / "pairs.csv", PAIRS)
+    save_pairs(tmp_path / "blank.csv", [*PAIRS[:3], ("film", "")])
+    given = {"--model": model, "--train_data": "pairs.csv", "--anchor": "query", "--positive": "answer"} | changed
+    assert run_recipe("embeddings", *(word for pair in given.items() for word in pair)) == 2
+    assert sentence in capfd.readouterr().err.replace("\n", " ")

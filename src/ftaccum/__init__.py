@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .apps.verify.report import Verification
     from .bridges.loop.exact_accumulation import ExactAccumulation
     from .bridges.trainer.exact_trainer import exact
+    from .data.encode_columns import tokenize_columns
     from .errors import (
         CallbackError,
         CheckpointError,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from .fine_tuning import test_fine_tuning
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
     from .planning.plan import Plan
+    from .runtime.model_wrapper import ModelWrapper
     from .tasks.load import load_task
+    from .tasks.text_options import TextOptions
     from .tracking.result import Result
 
 __version__ = "0.1.0"
@@ -57,6 +60,7 @@ __all__ = [
     "LostProcessError",
     "MeanSquaredError",
     "MetricsError",
+    "ModelWrapper",
     "OutputWarning",
     "PaddingWarning",
     "Plan",
@@ -64,6 +68,7 @@ __all__ = [
     "Result",
     "ScriptOptions",
     "SettingsError",
+    "TextOptions",
     "TextWarning",
     "UntrainedLossWarning",
     "Verification",
@@ -75,6 +80,7 @@ __all__ = [
     "run_script",
     "search",
     "test_fine_tuning",
+    "tokenize_columns",
     "verify",
 ]
 
@@ -83,9 +89,11 @@ _MODULES = {
     **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
     **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),
     "ExactAccumulation": "bridges.loop.exact_accumulation",
+    "ModelWrapper": "runtime.model_wrapper",
     "Plan": "planning.plan",
     "Result": "tracking.result",
     "ScriptOptions": "apps.script",
+    "TextOptions": "tasks.text_options",
     "Verification": "apps.verify.report",
     "exact": "bridges.trainer.exact_trainer",
     "load_task": "tasks.load",
@@ -93,6 +101,7 @@ _MODULES = {
     "run_script": "apps.script",
     "search": "apps.search.api",
     "test_fine_tuning": "fine_tuning",
+    "tokenize_columns": "data.encode_columns",
     "verify": "apps.verify.api",
 }
 

@@ -112,7 +112,7 @@ def _read_options(
     settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
     if searches:
         settings["space"] = _space(settings["space"])
-    found = ScriptOptions({}, settings, own_options)
+    found = ScriptOptions({}, settings, _without_other_val_data(own_options, defaults) if own else None)
     return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
 
 
@@ -127,7 +127,7 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     parsed = parse([_with_defaults(kind, defaults) for kind in kinds], words, page=page)
     missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
-    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values.
+    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
     return [
         each if kind in raw else read_settings(type(each), vars(each)) for kind, each in zip(kinds, parsed, strict=True)
@@ -169,12 +169,9 @@ def _check(settings: Mapping[str, Any], others: Sequence[Any], own: Any) -> None
 
 
 def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[str, Any]) -> ScriptOptions:
-    """Share the settings among `load_task` and `test_fine_tuning`, and drop a default `val_data` of other data."""
+    """Share the settings among `load_task` and `test_fine_tuning`."""
     shared = {name: options.settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in options.settings}
-    data = vars(named) | shared
-    is_other = named.train_data != _plain(defaults.get("train_data"))
-    if is_other and named.val_data == _plain(defaults.get("val_data")):
-        data["val_data"] = None
+    data = vars(_without_other_val_data(named, defaults)) | shared
     rest = {name: value for name, value in options.settings.items() if name not in _OF_TEXT}
     return replace(options, data=data, settings=rest)
 
@@ -194,6 +191,16 @@ def _has_failed(result: Any) -> bool:
 
         return best_trial(result) is None
     return bool(getattr(result, "unwritten", None))
+
+
+def _without_other_val_data(named: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return options of data without a default `val_data` that belongs to other training data."""
+    both = ("train_data", "val_data")
+    if not all(hasattr(named, name) for name in both):
+        return named
+    train, val = (_plain(defaults.get(name)) for name in both)
+    is_other = named.train_data != train and named.val_data == val
+    return replace(named, val_data=None) if is_other else named
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..objective.item_counts import TOKEN_COLUMNS
 from ..objective.model_forward import is_label
+from ..objective.prefixed import ids_of
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 
@@ -109,6 +110,9 @@ class Columns:
         counts = {Along.TOKENS: _counts(shapes, base)}
         sizes: dict[str, tuple[Size, ...]] = {}
         for name in sorted(shapes, key=lambda name: name != "labels"):  # decoder inputs run along labels
+            if ids_of(name) in shapes and len(shapes[name][0]) == 1:
+                sizes[name] = (Along.NOTHING,)
+                continue
             free = rules.may_pad_freely(
                 name, floats=name not in integers, n_dims=len(shapes[name][0]), with_ids="input_ids" in shapes
             )
@@ -143,6 +147,7 @@ class Columns:
         counts = self.counts(shapes)
         for name in found:
             self._check_shapes(name, shapes[name], counts)
+        self._check_prefixed(shapes)
         return found
 
     def counts(self, shapes: Mapping[str, Sequence[Shape]]) -> dict[Along, list[int] | None]:
@@ -187,6 +192,15 @@ class Columns:
             if problem is not None:
                 raise OddRowError(place, problem)
 
+    def _check_prefixed(self, shapes: Mapping[str, Sequence[Shape]]) -> None:
+        """Check that columns such as `chosen_input_ids` and `chosen_labels` have the same length in each row."""
+        for name, of_rows in shapes.items():
+            ids = ids_of(name) or name
+            for place, (shape, wanted) in enumerate(zip(of_rows, shapes.get(ids, of_rows), strict=True)):
+                if len(wanted) == 1 and shape != wanted:
+                    problem = f"its column {self.keys[name]!r} has the shape {shape}, but must have {wanted}"
+                    raise OddRowError(place, f"{problem} to match its {ids!r}")
+
 
 _SAME_COLUMNS = "Give every row the same columns, drop the row or the column, or give a `data_collator`."
 
@@ -219,8 +233,9 @@ def _first_value(rows: Sequence[Row], key: str) -> Any:
 
 def _token_base(shapes: Mapping[str, Sequence[Shape]], integers: set[str]) -> tuple[str, int] | None:
     known = [(name, dim) for name, dim in _TOKEN_BASES if name in shapes and shapes[name][0]]
-    # A plain module may give its token ids any name.
-    named = [(name, 0) for name in shapes if name in integers and not is_label(name) and len(shapes[name][0]) == 1]
+    # A plain module may give its token ids any name. Those of several texts have no common length.
+    others = [name for name in shapes if not is_label(name) and ids_of(name) not in shapes]
+    named = [(name, 0) for name in others if name in integers and len(shapes[name][0]) == 1]
     return next(iter([*known, *named]), None)
 
 

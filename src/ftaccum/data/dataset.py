@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ..errors import DataError
+from ..objective.prefixed import length_columns
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
@@ -142,7 +143,8 @@ class Rows:
     def have_tokens(self) -> bool:
         """Whether a row's length counts tokens, or elements of its first column, and not characters of a string."""
         row = self.fetch([0])[0]
-        return not (isinstance(row, Mapping) and isinstance(row.get("input_ids", next(iter(row.values()), None)), str))
+        name = next(iter([*length_columns(row), *row]), None) if isinstance(row, Mapping) else None
+        return name is None or not isinstance(row[name], str)
 
     def lengths(self, positions: Sequence[int] | None = None) -> list[int] | None:
         """Return the lengths in tokens of the rows at these positions (None: of all rows); None if the rows would have
@@ -152,13 +154,12 @@ class Rows:
 
     @cached_property
     def _lengths(self) -> list[int] | None:
-        if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
-            table = self.source.select_columns(["input_ids"]).with_format("arrow")[:]
-            lengths = pyarrow.compute.list_value_length(table["input_ids"]).fill_null(0).to_pylist()
+        if isinstance(self.source, Dataset) and (names := length_columns(self.source.column_names)):
+            table = self.source.select_columns(names).with_format("arrow")[:]
+            columns = [pyarrow.compute.list_value_length(table[name]).fill_null(0).to_pylist() for name in names]
+            lengths = list(map(max, zip(*columns, strict=True)))
             return lengths if self._positions is None else [lengths[n] for n in self._positions]
-        if isinstance(self.source, list):
-            return [length_of(row) for row in self.fetch(range(len(self)))]
-        return None
+        return [length_of(row) for row in self.fetch(range(len(self)))] if isinstance(self.source, list) else None
 
     def column(self, name: str) -> "pa.ChunkedArray | list[Any] | None":
         """Return a column, row by row; None if there is none, or if the rows would have to be computed for it.

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..objective.item_counts import TOKEN_COLUMNS, Batch
+from ..objective.item_counts import Batch
+from ..objective.prefixed import is_tokens_column
 from .loader import MicroBatch
 
 # A column with more distinct values than this, with one value per row or per token, is a vocabulary or a measurement.
@@ -37,9 +38,9 @@ def kinds_of(batch: Batch) -> dict[str, ColumnKinds]:
     the column's smallest one, as the labels of an ignored row do, counts as a separate kind.
     """
     columns = batch.items() if isinstance(batch, Mapping) else [] if batch is None else [("targets", batch[1])]
-    found = {}
+    found, names = {}, {name for name, _ in columns}
     for name, values in columns:
-        if not isinstance(values, Tensor) or name in TOKEN_COLUMNS or not 1 <= values.ndim <= 2:
+        if not isinstance(values, Tensor) or is_tokens_column(name, names) or not 1 <= values.ndim <= 2:
             continue
         if values.is_complex() or values.numel() > _LARGEST or not values.numel():
             continue

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..objective.item_counts import TOKEN_COLUMNS
 from ..objective.model_forward import is_label
 from ..objective.own_rules import TARGETS
+from ..objective.prefixed import is_tokens_column
 from .dataset import Rows
 from .row import Row, length_of
 
@@ -178,9 +178,10 @@ def _columns(row: Row) -> list[str]:
     """Return the names of the columns of whole numbers that may tell kinds of rows apart, labels first."""
     if not isinstance(row, Mapping):
         return [TARGETS] if _is_whole(_numbers(row[1])) else []
-    labels = [name for name in row if is_label(name)]
+    names = [name for name in row if not is_tokens_column(name, row)]
+    labels = [name for name in names if is_label(name)]
     sizes = {(), *(np.shape(row[name]) for name in labels)}
-    others = [name for name in row if name not in (*TOKEN_COLUMNS, *labels) and np.shape(row[name]) in sizes]
+    others = [name for name in names if name not in labels and np.shape(row[name]) in sizes]
     return [name for name in (*labels, *others) if _is_whole(_numbers(row[name]))]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
+from ..objective.prefixed import length_columns
 
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
@@ -32,13 +33,19 @@ def is_row(row: Any) -> bool:
 
 
 def length_of(row: Row) -> int:
-    """Return a row's length in tokens, or else the first dimension of its first column; 1 for a number."""
-    column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
-    return (
-        len(column)
-        if hasattr(column, "__len__") and not (isinstance(column, Tensor | np.ndarray) and not column.ndim)
-        else 1
-    )
+    """Return a row's length in tokens, or else the first dimension of its first column; 1 for a number.
+
+    If a row has several texts, such as `chosen_input_ids` and `rejected_input_ids`, it is that of the longest.
+    """
+    if isinstance(row, tuple):
+        return _size(row[0])
+    columns = [row[name] for name in length_columns(row)] or [next(iter(row.values()), 0)]
+    return max(map(_size, columns))
+
+
+def _size(value: Any) -> int:
+    is_number = isinstance(value, Tensor | np.ndarray) and not value.ndim
+    return len(value) if hasattr(value, "__len__") and not is_number else 1
 
 
 def class_of(row: Row) -> int | None:

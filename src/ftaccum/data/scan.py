@@ -9,6 +9,7 @@ import pyarrow.compute
 from datasets import Dataset
 
 from ..errors import DataError
+from ..objective.prefixed import ids_of
 from .columns import Along, ColumnRules, Columns, check_presence
 from .dataset import Rows
 from .iterable import StreamRows
@@ -86,6 +87,8 @@ def _odd(every: "_List | _Table", columns: Columns, *, exact: bool) -> np.ndarra
     for name, found in lengths.items():
         sizes = columns.sizes[name]
         wanted = known[sizes[0]] if sizes and isinstance(sizes[0], Along) else sizes[0] if sizes else None
+        if sizes == (Along.NOTHING,):
+            wanted = lengths.get(ids_of(name) or "")
         if found is not None and wanted is not None:
             odd = np.union1d(odd, np.flatnonzero(found != wanted))
     return odd

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import has_hooks
-from .item_counts import TOKEN_COLUMNS, Batch
+from .item_counts import Batch
+from .prefixed import is_tokens_column
 from .sample import Sample
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -244,10 +245,11 @@ def _of_sample(sample: Sample) -> list[Any]:
     """Return the columns of the rows, and the values of labels and of other columns, but not of tokens."""
     batches = [sample.together, *(group.together for group in sample.rare)]
     columns = [_columns(batch) for batch in batches]
+    names = [name for name in columns[0] if not is_tokens_column(name, columns[0])]
     values = {
         name: sorted({value for of_batch in columns for value in of_batch[name].unique().tolist()}, key=repr)
-        for name in columns[0]
-        if name not in TOKEN_COLUMNS and not columns[0][name].is_floating_point() and all(name in c for c in columns)
+        for name in names
+        if not columns[0][name].is_floating_point() and all(name in c for c in columns)
     }
     shapes = [[(name, str(t.dtype), t.ndim) for name, t in of_batch.items()] for of_batch in columns]
     return [shapes, repr(values), sample.not_looked_at, sample.cut is None, sample.collated is None]

@@ -9,6 +9,7 @@ from accelerate.utils import has_compiled_regions
 from torch import nn
 
 from ..errors import SettingsError
+from .model_wrapper import inner_model
 from .state_guards import training_mode
 
 
@@ -111,6 +112,7 @@ def _without_cache(model: Any) -> Iterator[None]:
 @contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """Enable gradient checkpointing until exit, if wanted."""
+    model = inner_model(model)
     if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return

@@ -14,6 +14,7 @@ from ..insight.run_metadata import RunMetadata
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
+from ..runtime.model_wrapper import inner_model
 from ..runtime.process_group import lasting_process_group
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.sharding.whole_weights import whole_weights
@@ -33,7 +34,7 @@ def save_model(
 ) -> None:
     """Save a model and its tokenizer, if any, in the form that `from_pretrained` and `pipeline` read.
 
-    An existing folder is replaced only when the new one is complete.
+    Of a `ModelWrapper`, save the model inside. An existing folder is replaced only when the new one is complete.
 
     Args:
         merges: whether to save a PEFT model as a plain model, with its adapters merged.
@@ -42,7 +43,8 @@ def save_model(
     Raises:
         ValueError: if a merged weight is not finite.
     """
-    saved: Any = merged_copy(model) if merges else model
+    inner = inner_model(model)
+    saved: Any = merged_copy(inner) if merges else inner
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):
             with warnings.catch_warnings():

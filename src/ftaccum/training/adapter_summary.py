@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.adapters import fully_trained_modules, is_peft_model
+from ..runtime.model_wrapper import inner_model
 
 _NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
@@ -36,6 +37,7 @@ class AdapterSummary:
 
 def summarize_adapters(model: Any) -> AdapterSummary | None:
     """Return the adapters of a PEFT model; None for another model."""
+    model = inner_model(model)
     if not is_peft_model(model):
         return None
     configuration = next(iter(model.peft_config.values()))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import SettingsError, refuse, shown
 from ..runtime.adapters import ModuleTree, has_adapters, is_peft_model, new_modules
+from ..runtime.model_wrapper import inner_model, with_inner_model
 from ..runtime.state_guards import preserve_rng, seed_all
 
 DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -75,7 +76,7 @@ def faults_of_adapters(model: Any, lora: Any, save: str) -> list[str]:
             "`lora` is given, but `model` has adapters already. Leave `lora` out to train those of a PEFT model, or "
             "load the base model again."
         )
-    if fault := fault_of_save(save, has_adapters=adds or is_peft_model(model)):
+    if fault := fault_of_save(save, has_adapters=adds or is_peft_model(inner_model(model))):
         faults.append(fault)
     bits = quantised_bits(model)
     if bits and save != "adapter":
@@ -111,13 +112,15 @@ def quantised_bits(model: Any) -> int | None:
 def added_adapters(model: Any, lora: Any, seed: int, keeps: Callable[[], bool]) -> Iterator[Any]:
     """Add adapters to a model, if `lora` asks for them. On exit, take them out again unless they are to be kept.
 
+    A `ModelWrapper` gets them in the model inside.
+
     Args:
         lora: the argument of `test_fine_tuning`.
         seed: decides the first weights of the adapters.
         keeps: returns whether the adapters stay in the model.
 
     Yields:
-        the PEFT model, or the model itself without `lora`.
+        the PEFT model; the model itself if it is a `ModelWrapper`, or without `lora`.
 
     Raises:
         SettingsError: if PEFT cannot add them.
@@ -125,9 +128,9 @@ def added_adapters(model: Any, lora: Any, seed: int, keeps: Callable[[], bool]) 
     if lora is None or lora is False:
         yield model
         return
-    before = ModuleTree(model)
+    before, inner = ModuleTree(model), inner_model(model)
     try:
-        yield _with_adapters(model, _configuration(lora, model), seed)
+        yield with_inner_model(model, _with_adapters(inner, _configuration(lora, inner), seed))
     finally:
         if not keeps():
             before.restore()

@@ -1,0 +1,56 @@
+"""Tokenise several columns of texts, each into columns of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from ..runtime.library_output import library_bars
+from .text_encoder import preserve_truncation
+from .tokenize import token_limit
+
+
+def tokenize_columns(
+    rows: Dataset,
+    tokenizer: Any,
+    columns: Mapping[str, str],
+    *,
+    model: Any = None,
+    max_length: int | None = None,
+    **options: Any,
+) -> Dataset:
+    """Tokenise several columns of texts, each into columns with a prefix.
+
+    `test_fine_tuning` pads the tokens of each text to its longest row.
+
+        rows = tokenize_columns(rows, tokenizer, {"chosen": "answer", "rejected": "other"})
+        rows.column_names  # chosen_input_ids, chosen_attention_mask, rejected_input_ids, rejected_attention_mask, …
+
+    Args:
+        rows: rows with columns of texts.
+        tokenizer: the tokenizer.
+        columns: for each prefix, the column of texts.
+        model: the model; its `config` may limit the number of tokens.
+        max_length: the most tokens of a text, the others being cut off; None: as many as the tokenizer and the model
+            accept.
+        **options: further arguments of the tokenizer, such as `add_special_tokens=False`.
+
+    Returns:
+        The rows with the tokenizer's columns in place of the texts. Other columns stay.
+
+    Raises:
+        SettingsError: if `max_length` is more than the tokenizer and the model accept.
+    """
+    limit = token_limit(tokenizer, getattr(model, "config", None), model or nn.Module(), max_length)
+
+    def encoded(table: Mapping[str, list[str]]) -> dict[str, Any]:
+        found = {
+            prefix: tokenizer(table[column], truncation=limit is not None, max_length=limit, **options)
+            for prefix, column in columns.items()
+        }
+        return {f"{prefix}_{name}": values for prefix, tokens in found.items() for name, values in tokens.items()}
+
+    texts = sorted(set(columns.values()))
+    with preserve_truncation(tokenizer), library_bars(shown=False):
+        return rows.map(encoded, batched=True, remove_columns=texts, load_from_cache_file=False)
