@@ -9,9 +9,21 @@ from typing import Any
 from filelock import FileLock
 
 from . import (
-    addresses, chats, choices, digits, glosses, letters_t5, minilm, movies, pronunciations, questions, small_llama,
-    small_vit, smollm, words,
-)  # fmt: skip
+    addresses,
+    chats,
+    choices,
+    digits,
+    glosses,
+    letters_t5,
+    minilm,
+    movies,
+    pronunciations,
+    questions,
+    small_llama,
+    small_vit,
+    smollm,
+    words,
+)
 from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
 from .chats import CHATS_TRAIN, CHATS_VAL
 from .choices import CHOICES_TRAIN, CHOICES_VAL
