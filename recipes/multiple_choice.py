@@ -1,6 +1,6 @@
 """Fine-tune a model that chooses the right one of several answers.
 
-    python recipes/multiple_choice.py --config recipes/multiple_choice.yaml    # packaged encoder, definitions, words
+    python recipes/multiple_choice.py --config recipes/multiple_choice.yaml    # packaged encoder and reviews
     python recipes/multiple_choice.py --model bert-base-uncased --train_data Rowan/hellaswag \\
         --val_data Rowan/hellaswag --batch_size 4 --effective_batch_size 32
     python recipes/multiple_choice.py --train_data train.jsonl --val_data val.jsonl \\
@@ -9,9 +9,8 @@
         --config recipes/multiple_choice.yaml
 
 It takes any model that `AutoModelForMultipleChoice` loads. The data are files or Hub data sets with a text, a list of
-choices, and the number, the letter or the text of the right one. The packaged task is to choose the word that a
-definition defines. The three wrong words are those whose own definitions are most like it (cosine of TF-IDF vectors)
-among the training definitions, or among the held-out ones. The saved model in OUTPUT_DIR/model loads with
+choices, and the number, the letter or the text of the right one. The packaged task is to choose, of four sentences of
+film reviews, the one that praises the film. The saved model in OUTPUT_DIR/model loads with
 `AutoModelForMultipleChoice.from_pretrained(...)`.
 """
 

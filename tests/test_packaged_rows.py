@@ -52,20 +52,14 @@ def test_no_question_asks_for_a_label_in_two_places() -> None:
     assert [each["question"] for each in as_questions([row])] == ["Which part is the house number?"]
 
 
-def test_wrong_choices_have_the_most_similar_definitions_and_none_of_them_is_right() -> None:
-    definitions = {
-        "jet": ["a fast machine that flies"],
-        "kite": ["a light machine that flies"],
-        "plane": ["a fast machine that flies straight", "a fast machine that flies"],
-        "drone": ["a small machine that flies"],
-        "glider": ["a quiet machine that flies"],
-        "coal": ["black and very hard"],
-    }
-    rows = list(as_choices([(texts[0], word) for word, texts in definitions.items()], definitions))
-    assert [row["answer"] for row in rows] == list(definitions)
-    assert set(rows[0]["choices"]) == {"jet", "kite", "drone", "glider"}  # "plane" has the definition, too
-    assert all(row["answer"] in row["choices"] and len(set(row["choices"])) == 4 for row in rows)
-    assert len({row["choices"].index(row["answer"]) for row in rows}) > 1
+def test_each_sentence_of_praise_is_among_three_others_and_none_comes_twice() -> None:
+    sentences = [(f"good {n}", 1) for n in range(20)] + [(f"bad {n}", 0) for n in range(50)]
+    rows = list(as_choices(sentences))
+    assert len(rows) == 16  # 50 sentences of criticism suffice for 16 rows
+    assert all(row["choices"][row["label"]].startswith("good") for row in rows)
+    texts = [text for row in rows for text in row["choices"]]
+    assert len(set(texts)) == len(texts) == 64
+    assert {row["label"] for row in rows} == {0, 1, 2, 3}
 
 
 def test_a_digit_is_saved_from_black_to_white(tmp_path: Path) -> None:

