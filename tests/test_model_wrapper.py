@@ -61,8 +61,9 @@ def adapted(seed: int = 0, **options: Any) -> Any:
 
 def run(model: nn.Module, folder: Path, **arguments: Any) -> Any:
     return test_fine_tuning(
-        model, train_data=BERT.rows(8), batch_size=2, effective_batch_size=4, learning_rate=0.01, lr_scheduler="constant",
-        validation_split=0.0, progress=False, verbosity="quiet", output_dir=folder, checkpoint_every=1, **arguments,
+        model, train_data=BERT.rows(8), batch_size=2, effective_batch_size=4, learning_rate=0.01,
+        lr_scheduler="constant", validation_split=0.0, progress=False, verbosity="quiet", output_dir=str(folder),
+        checkpoint_every=1, **arguments,
     )  # fmt: skip
 
 
