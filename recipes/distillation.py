@@ -69,15 +69,15 @@ class Distillation(ModelWrapper):
 
 
 def main(options: ScriptOptions) -> Result:
-    own: Options = options.own
-    packaged.prepare(own.teacher, *options.data.values())
+    extra: Options = options.extra
+    packaged.prepare(extra.teacher, *options.data.values())
     loaded = load_task(**options.data)
-    teacher = AutoModelForImageClassification.from_pretrained(own.teacher)
+    teacher = AutoModelForImageClassification.from_pretrained(extra.teacher)
     if teacher.config.id2label != loaded.model.config.id2label:
         theirs, ours = (list(config.id2label.values()) for config in (teacher.config, loaded.model.config))
         raise DataError(f"The teacher has the classes {theirs}, but `train_data` has {ours}. Choose another teacher.")
     arguments = loaded.arguments()
-    arguments["model"] = Distillation(arguments["model"], teacher, own.temperature, own.weight)
+    arguments["model"] = Distillation(arguments["model"], teacher, extra.temperature, extra.weight)
     result = test_fine_tuning(**arguments, **options.settings)
     if result.metrics:
         PartialState().print(f"Held-out accuracy of the student: {result.metrics[-1]['accuracy']:.1%}")
@@ -89,7 +89,7 @@ if __name__ == "__main__":
         main,
         __doc__,
         task="image-classification",
-        own=Options,
+        extra=Options,
         model=packaged.TINY_VIT,
         train_data=packaged.DIGITS_TRAIN,
         val_data=packaged.DIGITS_VAL,

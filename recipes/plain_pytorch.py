@@ -64,9 +64,9 @@ def read(file: str | None) -> tuple[Tensor, Tensor]:
 
 
 def main(options: ScriptOptions) -> Result:
-    images, labels = read(options.own.train_data)
+    images, labels = read(options.extra.train_data)
     set_seed(options.settings["random_seed"])  # the first weights
-    model = DigitNet(images.shape[1], int(labels.max()) + 1, options.own.width)
+    model = DigitNet(images.shape[1], int(labels.max()) + 1, options.extra.width)
     result = test_fine_tuning(
         model,
         train_data=TensorDataset(images, labels),
@@ -80,4 +80,4 @@ def main(options: ScriptOptions) -> Result:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, own=Options)
+    run_script(main, __doc__, extra=Options)

@@ -12,10 +12,10 @@ from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import TrainArguments
-from .exit_status import FAILED, OK, reported
+from .exit_status import FAILED, OK, run_and_report
+from .extra_options import check_extra_options, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
-from .own_options import check_own_options, read_own_options
 from .parser import parse
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 
@@ -31,12 +31,12 @@ class ScriptOptions:
     Attributes:
         data: arguments of `load_task`; empty for a script without a task.
         settings: arguments of `test_fine_tuning`, or of `search`, besides those that `load_task` returns.
-        own: the script's own options, an instance of the dataclass that it declares; None if it declares none.
+        extra: the script's extra options, an instance of the dataclass that it declares; None if it declares none.
     """
 
     data: dict[str, Any]
     settings: dict[str, Any]
-    own: Any = None
+    extra: Any = None
 
 
 def run_script(
@@ -44,8 +44,8 @@ def run_script(
     description: str | None = None,
     *,
     task: str | None = None,
-    own: type | None = None,
-    searches: bool = False,
+    extra: type | None = None,
+    for_search: bool = False,
     arguments: Sequence[str] | None = None,
     **defaults: Any,
 ) -> None:
@@ -65,10 +65,10 @@ def run_script(
         main: trains with the options. If it returns a `Result`, the exit status tells whether all outputs were written;
             if it returns the study of a search, whether a trial has finished.
         description: text for `--help`, usually the script's `__doc__`.
-        task: the task of `load_task`; None for a script that loads its model and data on its own.
-        own: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
+        task: the task of `load_task`; None for a script that loads its model and data in `main`.
+        extra: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
             float, str, Path, Literal or a list of one of them, or such a type or None.
-        searches: whether the options are those of `ftaccum search`, for a script that calls `search`.
+        for_search: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
         **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: other training data
             come without it.
@@ -81,38 +81,38 @@ def run_script(
 
     def run() -> int:
         page = HelpPage(f"python {script} [options]", description or "")
-        options = _read_options(words, page, defaults | {"task": task} if task else defaults, own, searches)
-        result = _without_noise(main, options)
+        options = _read_options(words, page, defaults | {"task": task} if task else defaults, extra, for_search)
+        result = _call_at_verbosity(main, options)
         _leave_process_group()
         return FAILED if _has_failed(result) else OK
 
-    sys.exit(reported(Path(script).stem, run))
+    sys.exit(run_and_report(Path(script).stem, run))
 
 
 def _read_options(
-    words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any], own: type | None, searches: bool
+    words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any], extra: type | None, for_search: bool
 ) -> ScriptOptions:
-    own_kinds, task_kinds = [own] if own else [], [TrainArguments, AdapterOptions] if "task" in defaults else []
-    run_kinds = [TrialRecipe if searches else Recipe, Runtime]
-    search_kinds = [SpaceArguments, SearchSettings] if searches else []
-    kinds = [*own_kinds, *task_kinds, *search_kinds, *run_kinds]
-    names = [f.name for kind in kinds[len(own_kinds) :] for f in fields(kind)]
-    if own is not None:
-        check_own_options(own, names)
-    first = [name for name in FIRST_OPTIONS["search" if searches else "train"] if name in names]
-    page = replace(page, first=[*(f.name for kind in own_kinds for f in fields(kind)), *first])
+    extra_kinds, task_kinds = [extra] if extra else [], [TrainArguments, AdapterOptions] if "task" in defaults else []
+    run_kinds = [TrialRecipe if for_search else Recipe, Runtime]
+    search_kinds = [SpaceArguments, SearchSettings] if for_search else []
+    kinds = [*extra_kinds, *task_kinds, *search_kinds, *run_kinds]
+    names = [f.name for kind in kinds[len(extra_kinds) :] for f in fields(kind)]
+    if extra is not None:
+        check_extra_options(extra, names)
+    first = [name for name in FIRST_OPTIONS["search" if for_search else "train"] if name in names]
+    page = replace(page, first=[*(f.name for kind in extra_kinds for f in fields(kind)), *first])
     parsed = dict(zip(kinds, _parse(kinds, words, page, defaults), strict=True))
 
     settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
     if task_kinds:
         settings["lora"] = parsed[AdapterOptions].lora_argument()
     # Of the class that the script declares, not of one with other defaults.
-    own_options = own(**{f.name: getattr(parsed[own], f.name) for f in fields(own)}) if own else None
-    _check(settings, [parsed[kind] for kind in kinds if kind in (own, TrainArguments, SearchSettings)], own_options)
+    extra_options = extra(**{f.name: getattr(parsed[extra], f.name) for f in fields(extra)}) if extra else None
+    _check(settings, [parsed[kind] for kind in kinds if kind in (extra, TrainArguments, SearchSettings)], extra_options)
     settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
-    if searches:
+    if for_search:
         settings["space"] = _space(settings["space"])
-    found = ScriptOptions({}, settings, _without_other_val_data(own_options, defaults) if own else None)
+    found = ScriptOptions({}, settings, _without_other_val_data(extra_options, defaults) if extra else None)
     return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
 
 
@@ -138,7 +138,7 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass like `kind` with other defaults."""
     hints = get_type_hints(kind, include_extras=True)
     changed = [
-        (f.name, hints[f.name], field(default=_plain(defaults[f.name]), metadata=_not_required(f.metadata)))
+        (f.name, hints[f.name], field(default=_as_text(defaults[f.name]), metadata=_not_required(f.metadata)))
         for f in fields(kind)
         if f.name in defaults
     ]
@@ -150,11 +150,11 @@ def _not_required(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, "help": metadata.get("help", "").removesuffix(" (required)")}
 
 
-def _plain(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _check(settings: Mapping[str, Any], others: Sequence[Any], own: Any) -> None:
+def _check(settings: Mapping[str, Any], others: Sequence[Any], extra: Any) -> None:
     """Check what can be checked before a model and data are loaded.
 
     Raises:
@@ -164,7 +164,7 @@ def _check(settings: Mapping[str, Any], others: Sequence[Any], own: Any) -> None
     from ..training.preflight import faults_before_loading
 
     faults = [fault for each in others for fault in find_faults(each)]
-    faults += read_own_options(own) if own is not None else []
+    faults += read_extra_options(extra) if extra is not None else []
     refuse(faults + faults_before_loading(settings, looks_at_files=is_first_process()))
 
 
@@ -176,7 +176,7 @@ def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[s
     return replace(options, data=data, settings=rest)
 
 
-def _without_noise(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
+def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
     """Call `main`, with as many messages and progress bars of ftaccum and other libraries as a run shows."""
     from ..tasks.load import loading
 
@@ -198,7 +198,7 @@ def _without_other_val_data(named: Any, defaults: Mapping[str, Any]) -> Any:
     both = ("train_data", "val_data")
     if not all(hasattr(named, name) for name in both):
         return named
-    train, val = (_plain(defaults.get(name)) for name in both)
+    train, val = (_as_text(defaults.get(name)) for name in both)
     is_other = named.train_data != train and named.val_data == val
     return replace(named, val_data=None) if is_other else named
 

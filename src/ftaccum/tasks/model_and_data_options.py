@@ -18,21 +18,21 @@ from .rows import first_rows
 
 
 @dataclass
-class TextOptions(ModelArguments, AdapterOptions):
+class ModelAndDataOptions(ModelArguments, AdapterOptions):
     """The options of a model, its adapters and its data, for a script that trains a module of its own on texts.
 
-    A script derives a dataclass with further options from it, and gives it to `run_script` as `own`:
+    A script derives a dataclass with further options from it, and gives it to `run_script` as `extra`:
 
         @dataclass
-        class Options(ftaccum.TextOptions):
+        class Options(ftaccum.ModelAndDataOptions):
             scale: float = field(default=20.0, metadata={"help": "factor of the similarities"})
 
         def main(options):
-            model, tokenizer = options.own.load(AutoModel)
-            rows = options.own.read(("question", "answer"))  # test_fine_tuning(..., lora=options.own.lora_argument())
-            ...
+            model, tokenizer = options.extra.load(AutoModel)
+            rows = options.extra.read(("question", "answer"))
+            ...  # test_fine_tuning(..., lora=options.extra.lora_argument())
 
-        ftaccum.run_script(main, own=Options, model="bert-base-uncased", train_data="train.csv")
+        ftaccum.run_script(main, extra=Options, model="bert-base-uncased", train_data="train.csv")
     """
 
     train_data: Text = setting("", "CSV, JSON or Parquet file, folder or hub name[:config] (required)", "--data")
