@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import refuse, shown
+from ..errors import SettingsError, refuse, shown
 from ..fields import rules_of
 
 _WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a text", Path: "a path"}
@@ -26,7 +26,7 @@ def check_extra_options(extra: type, taken: Collection[str]) -> None:
     if not (isinstance(extra, type) and is_dataclass(extra)):
         refuse([f"`extra` must be a dataclass, but is {shown(extra)} instead. Decorate it with `@dataclass`."])
     hints = get_type_hints(extra)
-    plain = _plain_fields(extra)
+    plain = plain_fields(extra)
     refuse([fault for f in fields(extra) for fault in _faults_of_field(f, hints[f.name], taken, f in plain)])
 
 
@@ -37,7 +37,7 @@ def read_extra_options(parsed: Any) -> list[str]:
     """
     hints = get_type_hints(type(parsed))
     faults = []
-    for f in _plain_fields(type(parsed)):
+    for f in plain_fields(type(parsed)):
         value, hint = getattr(parsed, f.name), hints[f.name]
         if type(value) is int and float in _kinds(hint) and int not in _kinds(hint):
             value = float(value)
@@ -47,7 +47,19 @@ def read_extra_options(parsed: Any) -> list[str]:
     return faults
 
 
-def _plain_fields(extra: type) -> list[Field]:
+def make_extra_options(extra: type, parsed: Any) -> Any:
+    """Return an instance of the dataclass of a script, with the values of an instance of another one.
+
+    Raises:
+        SettingsError: if its `__post_init__` raises ValueError.
+    """
+    try:
+        return extra(**{f.name: getattr(parsed, f.name) for f in fields(extra)})
+    except ValueError as error:
+        raise SettingsError([str(error)]) from error
+
+
+def plain_fields(extra: type) -> list[Field]:
     """Return the fields that the script declares, without those of ftaccum, which have rules or conversions."""
     ruled = rules_of(extra)
     return [f for f in fields(extra) if f.name not in ruled and "traits" not in f.metadata]
