@@ -21,6 +21,7 @@ columns of texts. The packaged pairs prefer answers that ask a question: both an
 constructed. The adapters in OUTPUT_DIR/model load with `pipeline("text-generation", model=...)` if peft is installed.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,17 +34,29 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, EvalPrediction
 
 import packaged
-from ftaccum import ModelWrapper, Result, ScriptOptions, TextOptions, run_script, test_fine_tuning, tokenize_columns
+from ftaccum import (
+    ModelAndDataOptions,
+    ModelWrapper,
+    Result,
+    ScriptOptions,
+    run_script,
+    test_fine_tuning,
+    tokenize_columns,
+)
 
 
 @dataclass
-class Options(TextOptions):
+class Options(ModelAndDataOptions):
     """The columns of the pairs, and the loss."""
 
     prompt: str = field(default="prompt", metadata={"help": "column of the prompts"})
     chosen: str = field(default="chosen", metadata={"help": "column of the preferred answers"})
     rejected: str = field(default="rejected", metadata={"help": "column of the other answers"})
     beta: float = field(default=0.1, metadata={"help": "how strongly the loss keeps the model near the first one"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` must be a number above 0, but is {self.beta} instead.")
 
 
 class Preference(ModelWrapper):
@@ -80,17 +93,17 @@ class Preference(ModelWrapper):
         return -losses_NL.sum(1)
 
 
-def encode(rows: Dataset, tokenizer: Any, own: Options, max_length: int | None) -> Dataset:
+def encode(rows: Dataset, tokenizer: Any, extra: Options, max_length: int | None) -> Dataset:
     """Return rows of tokens: of the prompt with each answer. The labels of the prompt's tokens are -100.
 
     `compute_metrics` needs labels of whole rows, too, which are the same in all rows.
     """
 
     def formatted(row: dict[str, str]) -> dict[str, str]:
-        message = {"role": "user", "content": row[own.prompt]}
+        message = {"role": "user", "content": row[extra.prompt]}
         prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         end = tokenizer.eos_token
-        return {"prompt": prompt, "chosen": row[own.chosen] + end, "rejected": row[own.rejected] + end}
+        return {"prompt": prompt, "chosen": row[extra.chosen] + end, "rejected": row[extra.rejected] + end}
 
     def joined(row: dict[str, list[int]]) -> dict[str, Any]:
         found: dict[str, Any] = {"labels": 1}
@@ -115,17 +128,17 @@ def preferences(found: EvalPrediction) -> dict[str, float]:
 
 
 def main(options: ScriptOptions) -> Result:
-    own: Options = options.own
-    packaged.prepare(own.model, own.train_data, own.val_data)
-    rows = own.read((own.prompt, own.chosen, own.rejected))
-    model, tokenizer = own.load(AutoModelForCausalLM)
-    encoded = {name: encode(each, tokenizer, own, options.settings["max_length"]) for name, each in rows.items()}
+    extra: Options = options.extra
+    packaged.prepare(extra.model, extra.train_data, extra.val_data)
+    rows = extra.read((extra.prompt, extra.chosen, extra.rejected))
+    model, tokenizer = extra.load(AutoModelForCausalLM)
+    encoded = {name: encode(each, tokenizer, extra, options.settings["max_length"]) for name, each in rows.items()}
     result = test_fine_tuning(
-        Preference(model, own.beta),
+        Preference(model, extra.beta),
         **encoded,
         tokenizer=tokenizer,
         compute_metrics=preferences,
-        lora=own.lora_argument() or True,
+        lora=extra.lora_argument() or True,
         **options.settings,
     )
     if result.metrics:
@@ -140,7 +153,7 @@ if __name__ == "__main__":
     run_script(
         main,
         __doc__,
-        own=Options,
+        extra=Options,
         model=packaged.SMOLLM,
         train_data=packaged.PREFERENCES_TRAIN,
         val_data=packaged.PREFERENCES_VAL,
