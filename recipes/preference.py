@@ -91,7 +91,8 @@ class Preference(ModelWrapper):
 
     def log_probability(self, ids_NL: Tensor, mask_NL: Tensor, labels_NL: Tensor) -> Tensor:
         """Return the log-probability of each answer, given its prompt."""
-        logits_NLV = self.model(input_ids=ids_NL, attention_mask=mask_NL).logits.float()  # sums lose digits in 16 bits
+        logits_NLV = self.model(input_ids=ids_NL, attention_mask=mask_NL).logits
+        logits_NLV = logits_NLV.to(torch.promote_types(logits_NLV.dtype, torch.float32))  # sums lose digits in 16 bits
         losses_NL = F.cross_entropy(logits_NLV[:, :-1].transpose(1, 2), labels_NL[:, 1:], reduction="none")
         return -losses_NL.sum(1)
 
