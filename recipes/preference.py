@@ -92,7 +92,7 @@ class Preference(ModelWrapper):
 
 
 def encode(
-    rows: Dataset, tokenizer: Any, own: Options, max_length: int | None, argument: str = "train_data"
+    rows: Dataset, tokenizer: Any, extra: Options, max_length: int | None, argument: str = "train_data"
 ) -> Dataset:
     """Return rows of tokens: of the prompt with each answer. The labels of the prompt's tokens are -100.
 
@@ -108,7 +108,7 @@ def encode(
         DataError: if no pair is left.
     """
     limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-    pairs = list(zip(*tokens_of(rows, tokenizer, own), strict=True))
+    pairs = list(zip(*tokens_of(rows, tokenizer, extra), strict=True))
     rooms = [limit - max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
     skipped = [room < 1 for room in rooms]
     if all(skipped):
@@ -128,7 +128,7 @@ def encode(
     return Dataset.from_list(encoded)
 
 
-def tokens_of(rows: Dataset, tokenizer: Any, own: Options) -> list[list[list[int]]]:
+def tokens_of(rows: Dataset, tokenizer: Any, extra: Options) -> list[list[list[int]]]:
     """Return the token ids of the prompts, the chosen and the rejected answers, without a limit.
 
     Raises:
@@ -136,11 +136,11 @@ def tokens_of(rows: Dataset, tokenizer: Any, own: Options) -> list[list[list[int
     """
     if tokenizer.chat_template is None or tokenizer.eos_token is None:
         raise SettingsError(
-            [f"The tokenizer of {own.model!r} has no chat template or no end-of-text token. Choose a chat model."]
+            [f"The tokenizer of {extra.model!r} has no chat template or no end-of-text token. Choose a chat model."]
         )
-    messages = [[{"role": "user", "content": prompt}] for prompt in rows[own.prompt]]
+    messages = [[{"role": "user", "content": prompt}] for prompt in rows[extra.prompt]]
     prompts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    answers = [[text + tokenizer.eos_token for text in rows[column]] for column in (own.chosen, own.rejected)]
+    answers = [[text + tokenizer.eos_token for text in rows[column]] for column in (extra.chosen, extra.rejected)]
     return [tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, *answers)]
 
 
