@@ -21,6 +21,7 @@ columns of texts. The packaged pairs prefer answers that ask a question: both an
 constructed. The adapters in OUTPUT_DIR/model load with `pipeline("text-generation", model=...)` if peft is installed.
 """
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +37,11 @@ from transformers import AutoModelForCausalLM, EvalPrediction
 import packaged
 from ftaccum import (
     DataError,
+    ModelAndDataOptions,
     ModelWrapper,
     Result,
     ScriptOptions,
     SettingsError,
-    TextOptions,
     TextWarning,
     run_script,
     test_fine_tuning,
@@ -48,13 +49,17 @@ from ftaccum import (
 
 
 @dataclass
-class Options(TextOptions):
+class Options(ModelAndDataOptions):
     """The columns of the pairs, and the loss."""
 
     prompt: str = field(default="prompt", metadata={"help": "column of the prompts"})
     chosen: str = field(default="chosen", metadata={"help": "column of the preferred answers"})
     rejected: str = field(default="rejected", metadata={"help": "column of the other answers"})
     beta: float = field(default=0.1, metadata={"help": "how strongly the loss keeps the model near the first one"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` must be a number above 0, but is {self.beta} instead.")
 
 
 class Preference(ModelWrapper):
@@ -87,6 +92,7 @@ class Preference(ModelWrapper):
     def log_probability(self, ids_NL: Tensor, mask_NL: Tensor, labels_NL: Tensor) -> Tensor:
         """Return the log-probability of each answer, given its prompt."""
         logits_NLV = self.model(input_ids=ids_NL, attention_mask=mask_NL).logits
+        logits_NLV = logits_NLV.to(torch.promote_types(logits_NLV.dtype, torch.float32))  # sums lose digits in 16 bits
         losses_NL = F.cross_entropy(logits_NLV[:, :-1].transpose(1, 2), labels_NL[:, 1:], reduction="none")
         return -losses_NL.sum(1)
 
@@ -158,18 +164,18 @@ def preferences(found: EvalPrediction) -> dict[str, float]:
 
 
 def main(options: ScriptOptions) -> Result:
-    own: Options = options.own
-    packaged.prepare(own.model, own.train_data, own.val_data)
-    rows = own.read((own.prompt, own.chosen, own.rejected))
-    model, tokenizer = own.load(AutoModelForCausalLM)
+    extra: Options = options.extra
+    packaged.prepare(extra.model, extra.train_data, extra.val_data)
+    rows = extra.read((extra.prompt, extra.chosen, extra.rejected))
+    model, tokenizer = extra.load(AutoModelForCausalLM)
     length = options.settings["max_length"]
-    encoded = {name: encode(each, tokenizer, own, length, name) for name, each in rows.items()}
+    encoded = {name: encode(each, tokenizer, extra, length, name) for name, each in rows.items()}
     result = test_fine_tuning(
-        Preference(model, own.beta),
+        Preference(model, extra.beta),
         **encoded,
         tokenizer=tokenizer,
         compute_metrics=preferences,
-        lora=own.lora_argument() or True,
+        lora=extra.lora_argument() or True,
         **options.settings,
     )
     if result.metrics:
@@ -184,7 +190,7 @@ if __name__ == "__main__":
     run_script(
         main,
         __doc__,
-        own=Options,
+        extra=Options,
         model=packaged.SMOLLM,
         train_data=packaged.PREFERENCES_TRAIN,
         val_data=packaged.PREFERENCES_VAL,

@@ -74,6 +74,17 @@ def test_retrieval_ranks_each_positive_among_those_with_another_label(recipe: Mo
     assert found["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_embeddings_without_a_direction_find_nothing(recipe: ModuleType, value: float) -> None:
+    embeddings, labels = np.full((20, 3), value), np.arange(20)
+    found = recipe.retrieval(EvalPrediction((embeddings, embeddings), labels))
+    assert found == {"recall@1": 0, "recall@10": 0, "mrr": 1 / 20}
+    broken = np.eye(20)
+    broken[4] = value  # one text of 20: it finds nothing, and all others find it first
+    found = recipe.retrieval(EvalPrediction((broken, broken), labels))
+    assert found == pytest.approx({"recall@1": 0, "recall@10": 19 / 20, "mrr": (19 / 2 + 1 / 20) / 20})
+
+
 def test_an_embedding_depends_on_neither_padding_nor_other_rows(recipe: ModuleType, model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = Dataset.from_dict({"query": [a for a, _ in PAIRS], "answer": [b for _, b in PAIRS]})
