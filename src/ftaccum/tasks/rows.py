@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from ..data.text_columns import check_column
 from ..errors import SettingsError
@@ -41,11 +41,11 @@ def load_rows(
         )
     options = ReadingOptions(**{f.name: getattr(named, f.name) for f in fields(ReadingOptions)})
     texts = text_columns or ()
-    train = first_rows(read_rows(named.train_data, options, seed=seed, text_columns=texts), named.max_train_rows)
-    val = None
+    train = read_rows(named.train_data, options, seed=seed, text_columns=texts, limit=named.max_train_rows)
+    val: Any = None
     if named.val_data:
-        rows = read_rows(named.val_data, options, argument="val_data", split="validation", text_columns=texts)
-        val = first_rows(rows, named.max_val_rows)
+        source, limit = named.val_data, named.max_val_rows
+        val = read_rows(source, options, argument="val_data", split="validation", text_columns=texts, limit=limit)
     names = columns_of(train)
     chosen = choose_columns(names, task.roles, task.given, "train_data")
     if not task.reads_text:
@@ -56,13 +56,6 @@ def load_rows(
     if val is None:
         return by_role(train, chosen), None
     return by_role(train, chosen), by_role(val, choose_columns(val.column_names, task.roles, chosen, "val_data"))
-
-
-def first_rows(rows: Any, limit: int | None) -> Any:
-    """Return the first rows, at most `limit`; all rows if that is None."""
-    if limit is None:
-        return rows
-    return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
 
 
 def by_role(rows: Any, chosen: Mapping[str, str]) -> Any:

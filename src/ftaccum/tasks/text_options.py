@@ -14,7 +14,6 @@ from .adapter_options import AdapterOptions
 from .arguments import ModelArguments
 from .model_source import ModelSource
 from .reading.rows import read_rows
-from .rows import first_rows
 
 
 @dataclass
@@ -67,8 +66,8 @@ class TextOptions(ModelArguments, AdapterOptions):
         return rows
 
     def _read(self, argument: str, split: str, columns: Sequence[str], limit: int | None) -> Dataset:
-        read = read_rows(getattr(self, argument), argument=argument, split=split, text_columns=columns)
-        rows: Dataset = first_rows(read, limit)
+        source = getattr(self, argument)
+        rows: Any = read_rows(source, argument=argument, split=split, text_columns=columns, limit=limit)
         for column in columns:
             check_column(rows, argument, column)
             for n, text in enumerate(rows[column]):
