@@ -17,6 +17,7 @@ reverse dictionary: find the word for a definition. The saved model in OUTPUT_DI
 `AutoModel.from_pretrained(...)`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +28,29 @@ from torch import Tensor
 from transformers import AutoModel, EvalPrediction
 
 import packaged
-from ftaccum import ModelWrapper, Result, ScriptOptions, TextOptions, run_script, test_fine_tuning, tokenize_columns
+from ftaccum import (
+    ModelAndDataOptions,
+    ModelWrapper,
+    Result,
+    ScriptOptions,
+    run_script,
+    test_fine_tuning,
+    tokenize_columns,
+)
 from ftaccum.losses import MultipleNegativesRankingLoss
 
 
 @dataclass
-class Options(TextOptions):
+class Options(ModelAndDataOptions):
     """The columns of the pairs, and the loss."""
 
     anchor: str = field(default="definition", metadata={"help": "column of the texts that search"})
     positive: str = field(default="word", metadata={"help": "column of the texts to be found"})
     scale: float = field(default=20.0, metadata={"help": "factor of the cosine similarities in the loss"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"`scale` must be a number above 0, but is {self.scale} instead.")
 
 
 class PairEncoder(ModelWrapper):
@@ -103,14 +116,14 @@ def retrieval(found: EvalPrediction) -> dict[str, float]:
 
 
 def main(options: ScriptOptions) -> Result:
-    own: Options = options.own
-    loss = MultipleNegativesRankingLoss(scale=own.scale, group="labels")
-    packaged.prepare(own.model, own.train_data, own.val_data)
-    rows = own.read((own.anchor, own.positive))
-    encoder, tokenizer = own.load(AutoModel)
+    extra: Options = options.extra
+    loss = MultipleNegativesRankingLoss(scale=extra.scale, group="labels")
+    packaged.prepare(extra.model, extra.train_data, extra.val_data)
+    rows = extra.read((extra.anchor, extra.positive))
+    encoder, tokenizer = extra.load(AutoModel)
     length = options.settings["max_length"]
     encoded = {
-        argument: encode(each, tokenizer, own.anchor, own.positive, model=encoder, max_length=length)
+        argument: encode(each, tokenizer, extra.anchor, extra.positive, model=encoder, max_length=length)
         for argument, each in rows.items()
     }
     result = test_fine_tuning(
@@ -119,7 +132,7 @@ def main(options: ScriptOptions) -> Result:
         tokenizer=tokenizer,
         loss_fn=loss,
         compute_metrics=retrieval,
-        lora=own.lora_argument(),
+        lora=extra.lora_argument(),
         **options.settings,
     )
     for when, metrics in (("before", result.initial_metrics), ("after", result.metrics[-1] if result.metrics else {})):
@@ -133,7 +146,7 @@ if __name__ == "__main__":
     run_script(
         main,
         __doc__,
-        own=Options,
+        extra=Options,
         loss_over="window",
         model=packaged.MINILM,
         train_data=packaged.WORDS_TRAIN,

@@ -32,7 +32,7 @@ if __name__ == "__main__":
         main,
         __doc__,
         task="text-classification",
-        searches=True,
+        for_search=True,
         model=packaged.MINILM,
         train_data=packaged.MOVIES_TRAIN,
         output_dir="outputs/search",

@@ -41,7 +41,7 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction
 import packaged
 from embeddings import PairEncoder, encode, retrieval
 from embeddings_task import Clock, Outcome, Task, memory, without_dropout
-from ftaccum import TextOptions, plan, test_fine_tuning
+from ftaccum import ModelAndDataOptions, plan, test_fine_tuning
 from ftaccum.data.columns import ColumnRules
 from ftaccum.data.padding import PaddingCollator
 from ftaccum.losses import MultipleNegativesRankingLoss
@@ -139,7 +139,7 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
 
 
 def read_pairs(path: Path, limit: int) -> Dataset:
-    return TextOptions(train_data=str(path), max_train_rows=limit).read(SIDES)["train_data"]
+    return ModelAndDataOptions(train_data=str(path), max_train_rows=limit).read(SIDES)["train_data"]
 
 
 def make_task(updates: int, n_val: int, seed: int) -> Task:

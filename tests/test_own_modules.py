@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import ftaccum
-from ftaccum import ModelWrapper, ScriptOptions, SettingsError, TextOptions, tokenize_columns
+from ftaccum import DataError, ModelAndDataOptions, ModelWrapper, ScriptOptions, SettingsError, tokenize_columns
 from task_files import save_encoder
 
 TEXTS = {"question": ["a good film", "film"], "answer": ["the very bad film", "not bad"], "grade": [3, 4]}
@@ -28,7 +28,7 @@ class Twice(ModelWrapper):
 
 
 @dataclass
-class Options(TextOptions):
+class Options(ModelAndDataOptions):
     other: str = field(default="answer", metadata={"help": "another column"})
 
 
@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> str:
 def options(*words: str, **defaults: Any) -> ScriptOptions:
     found = []
     with pytest.raises(SystemExit) as done:
-        ftaccum.run_script(found.append, own=Options, arguments=words, **defaults)
+        ftaccum.run_script(found.append, extra=Options, arguments=words, **defaults)
     assert done.value.code == 0
     return found[0]
 
@@ -65,25 +65,48 @@ def test_long_texts_are_cut_and_the_tokenizer_stays_as_it_is(model: str) -> None
         tokenize_columns(Dataset.from_dict(TEXTS), tokenizer, {"one": "answer"}, model=encoder, max_length=999)
 
 
+def test_all_forms_of_rows_become_the_same_tokens(model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    table = Dataset.from_dict(TEXTS)
+    expected = tokenize_columns(table, tokenizer, {"one": "question"}).to_list()
+    for rows in (TEXTS, table.to_list(), table.to_pandas()):
+        assert tokenize_columns(rows, tokenizer, {"one": "question"}).to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"answer": "a"}], "`rows` has no column 'question' to read texts from, only 'answer'. Name one .*`columns`"),
+        ([{"question": "a"}, {"question": None}], "In `rows`, row 1 has None instead of text in its column 'question'"),
+        ([{"question": ["a", "b"]}], r"Column 'question' of `rows` holds \['a', 'b'\] instead of text"),
+        (Dataset.from_dict(TEXTS).to_iterable_dataset(), "`rows` must be .*, but is a stream instead. Take the rows"),
+        ("rows.csv", "`rows` must be .*, but is str instead"),
+    ],
+)
+def test_rows_without_texts_to_tokenise_are_refused(model: str, rows: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenize_columns(rows, AutoTokenizer.from_pretrained(model), {"one": "question"})
+
+
 def test_a_script_reads_the_texts_that_its_options_name(model: str, tmp_path: Path) -> None:
     for name in ("train", "val"):
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([list(TEXTS), *zip(*TEXTS.values(), strict=True)])
     train, val = (str(tmp_path / f"{name}.csv") for name in ("train", "val"))
     words = ("--max_val_rows", "1", "--other", "grade", "--lora_targets", "query,value")
-    own = options(*words, model=model, train_data=train, val_data=val).own
-    rows = own.read(("question", own.other))
+    extra = options(*words, model=model, train_data=train, val_data=val).extra
+    rows = extra.read(("question", extra.other))
     assert {name: len(each) for name, each in rows.items()} == {"train_data": 2, "val_data": 1}
     assert rows["train_data"]["grade"] == ["3", "4"], "a column of texts, although all are numbers"
-    assert own.lora_argument() == {"target_modules": ["query", "value"]}
-    assert own.load(AutoModel)[0].config.model_type == "bert"
+    assert extra.lora_argument() == {"target_modules": ["query", "value"]}
+    assert extra.load(AutoModel)[0].config.model_type == "bert"
 
 
 def test_the_default_val_data_belong_to_the_default_train_data() -> None:
     defaults = {"model": "m", "train_data": "train.csv", "val_data": "val.csv"}
-    assert options(**defaults).own.val_data == "val.csv"
-    assert options("--train_data", "other.csv", **defaults).own.val_data is None
-    assert options("--train_data", "other.csv", "--val_data", "my.csv", **defaults).own.val_data == "my.csv"
+    assert options(**defaults).extra.val_data == "val.csv"
+    assert options("--train_data", "other.csv", **defaults).extra.val_data is None
+    assert options("--train_data", "other.csv", "--val_data", "my.csv", **defaults).extra.val_data == "my.csv"
 
 
 def test_a_wrapper_trains_with_checkpointing_and_saves_the_model_inside(model: str, tmp_path: Path) -> None:

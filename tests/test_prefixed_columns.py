@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from exactness import accumulated_gradients
 from ftaccum import DataError, test_fine_tuning
+from ftaccum.data.batches import token_counts
 from ftaccum.data.columns import Along, ColumnRules, Columns
 from ftaccum.data.convert import as_rows
 from ftaccum.data.novelty import kinds_of
@@ -82,6 +83,26 @@ def test_columns_of_a_text_must_have_one_length() -> None:
 def test_the_length_of_a_row_is_that_of_its_longest_text(as_table: bool) -> None:
     data = datasets.Dataset.from_list(ROWS) if as_table else ROWS
     assert as_rows(data, "train_data").lengths() == [5, 6, 2, 7, 5]
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_the_tokens_of_all_texts_count(as_table: bool) -> None:
+    data = datasets.Dataset.from_list(ROWS * 2) if as_table else ROWS * 2  # 78 tokens in 10 rows
+    result = test_fine_tuning(
+        Comparer(), train_data=data, validation_split=0.0, tokens_per_update=78, batch_size=10, n_epochs=1,
+        planner=False, progress=False, verbosity="quiet",
+    )  # fmt: skip
+    assert (result.effective_batch_size, result.optimizer_steps) == (10, 1)
+    assert result.tokens_per_second is not None
+    assert result.padding_fraction == pytest.approx(1 - 78 / (10 * (6 + 7)))
+    batch = PaddingCollator(ColumnRules())(ROWS)
+    assert token_counts(batch) == (39, batch["chosen_input_ids"].numel() + batch["rejected_input_ids"].numel())
+
+
+@pytest.mark.parametrize("max_tokens", [100, "auto"])
+def test_a_cap_on_tokens_is_refused_for_rows_with_several_texts(max_tokens: int | str) -> None:
+    with pytest.raises(DataError, match="Omit `max_tokens`: `batch_size` then limits the rows"):
+        test_fine_tuning(Comparer(), train_data=ROWS, validation_split=0.0, max_tokens=max_tokens, verbosity="quiet")
 
 
 def test_the_gradient_of_rows_with_several_texts_is_that_of_one_batch() -> None:

@@ -323,7 +323,7 @@ def test_sources_without_weights_follow_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "from_a", "from_b"), [(12, 8, 4), (1, 0, 1), (89, 59, 30), (90, 60, 30), (99, 60, 30)]
+    ("limit", "from_a", "from_b"), [(12, 8, 4), (1, 1, 0), (89, 60, 29), (90, 60, 30), (99, 60, 30)]
 )
 def test_a_limit_takes_the_first_rows_of_each_source_in_proportion(
     limit: int, from_a: int, from_b: int, tmp_path: Path

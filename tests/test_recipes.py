@@ -57,7 +57,8 @@ def test_a_recipe_uses_the_public_api_only(name: str) -> None:
     own = {module for module in modules if module and module.split(".")[0] == "ftaccum"}
     assert "ftaccum" in own
     assert own <= {"ftaccum", "ftaccum.losses", "ftaccum.callbacks"}
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - defined
     assert {attribute for attribute in attributes if re.match(r"_(?!_)", attribute)} == set()
 
 

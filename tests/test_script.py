@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from ftaccum import DataError, DivergedError, ScriptOptions, run_script
+from ftaccum.apps.cli import main
 from ftaccum.settings.recipe import Recipe
 from ftaccum.tasks.adapter_options import AdapterOptions
 
@@ -19,7 +20,7 @@ OF_TASK = {"task": "text-classification", "model": "a-model", "train_data": Path
 
 
 @dataclass
-class Own:
+class Extra:
     temperature: float = field(default=2.0, metadata={"help": "temperature of the teacher"})
 
 
@@ -35,9 +36,18 @@ class Many:
     folder: Path = Path("here")
 
 
-def run(main: Callable[[ScriptOptions], Any], *words: str, **given: Any) -> int:
+@dataclass(frozen=True)
+class Checked:
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        if self.width % 4:
+            raise ValueError("`width` must be a multiple of 4.")
+
+
+def run(main_function: Callable[[ScriptOptions], Any], *words: str, **given: Any) -> int:
     with pytest.raises(SystemExit) as done:
-        run_script(main, arguments=words, **given)
+        run_script(main_function, arguments=words, **given)
     assert isinstance(done.value.code, int)
     return done.value.code
 
@@ -58,44 +68,50 @@ def test_a_script_gets_its_defaults_and_options() -> None:
     assert "max_length" not in found.settings  # `load_task` passes it on
 
 
-def test_other_training_data_come_without_the_default_validation_data() -> None:
+def test_given_training_data_come_without_the_default_validation_data(tmp_path: Path) -> None:
+    assert options(**OF_TASK).data["val_data"] == "held.csv"
     assert options("--train_data", "mine.csv", **OF_TASK).data["val_data"] is None
-    assert options("--train_data", "mine.csv", "--val_data", "other.csv", **OF_TASK).data["val_data"] == "other.csv"
+    assert options("--train_data", "mine.csv", "--val_data", "held.csv", **OF_TASK).data["val_data"] == "held.csv"
+    file = tmp_path / "run.yaml"
+    file.write_text("val_data: held.csv\n")
+    assert options("--train_data=mine.csv", "--config", str(file), **OF_TASK).data["val_data"] == "held.csv"
+    file.write_text("train_data: rows.csv\n")
+    assert options("--config", str(file), **OF_TASK).data["val_data"] is None
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("batch_size: 2\nn_epochs: 5\ntemperature: 3.0\n")
-    found = options("--config", str(file), "--n_epochs", "7", own=Own, batch_size=1, loss_over="window")
+    found = options("--config", str(file), "--n_epochs", "7", extra=Extra, batch_size=1, loss_over="window")
     assert (found.settings["batch_size"], found.settings["n_epochs"], found.settings["loss_over"]) == (2, 7, "window")
-    assert found.own == Own(3.0)
+    assert found.extra == Extra(3.0)
     assert found.data == {}
     assert set(found.settings) >= set(Recipe.__dataclass_fields__)
 
 
-def test_own_options_have_the_types_of_their_fields(tmp_path: Path) -> None:
+def test_extra_options_have_the_types_of_their_fields(tmp_path: Path) -> None:
     words = ["--names", "b", "c", "--sizes", "3", "4", "--rate", "2", "--limit", "5", "--fast", "--no_shown"]
     expected = Many(["b", "c"], [3, 4], 2.0, 5, True, False, "hard", Path("there"))
-    found = options(*words, "--kind", "hard", "--folder", "there", own=Many)
-    assert found.own == expected
+    found = options(*words, "--kind", "hard", "--folder", "there", extra=Many)
+    assert found.extra == expected
     file = tmp_path / "run.yaml"
     file.write_text(
         "names: [b, c]\nsizes: [3, 4]\nrate: 2\nlimit: 5\nfast: yes\nshown: false\nkind: hard\nfolder: there\n"
     )
-    found = options("--config", str(file), own=Many)
-    assert found.own == expected
-    assert type(found.own.rate) is float
-    assert options("--limit", "none", "--fast", "no", own=Many, limit=3).own == Many()
+    found = options("--config", str(file), extra=Many)
+    assert found.extra == expected
+    assert type(found.extra.rate) is float
+    assert options("--limit", "none", "--fast", "no", extra=Many, limit=3).extra == Many()
 
 
-def test_own_options_may_include_those_of_ftaccum() -> None:
+def test_extra_options_may_include_those_of_ftaccum() -> None:
     @dataclass
     class Combined(AdapterOptions):
         scale: float = 1.0
 
-    found = options("--lora", "--lora_targets", "query,value", "--scale", "2", own=Combined)
-    assert list(found.own.lora_argument()["target_modules"]) == ["query", "value"]
-    assert found.own.scale == 2.0
+    found = options("--lora", "--lora_targets", "query,value", "--scale", "2", extra=Combined)
+    assert list(found.extra.lora_argument()["target_modules"]) == ["query", "value"]
+    assert found.extra.scale == 2.0
 
 
 @pytest.mark.parametrize(
@@ -115,31 +131,31 @@ def test_a_file_with_a_value_of_another_type_is_refused(
     line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(line)
-    assert run(lambda _: pytest.fail("the script started"), "--config", str(tmp_path / "run.yaml"), own=Many) == 2
+    assert run(lambda _: pytest.fail("the script started"), "--config", str(tmp_path / "run.yaml"), extra=Many) == 2
     assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "default", "expected"),
     [
-        ("batch_size", int, 1, "`own` has the field 'batch_size', which is another option of the script. Rename it."),
-        ("size", int, MISSING, "`own` has the field 'size' without a default. Give it one."),
-        ("size", tuple[int, ...], (), "`own` has the field 'size' of a type that no option can have."),
-        ("size", int | float, 1, "`own` has the field 'size' of a type that no option can have."),
+        ("batch_size", int, 1, "`extra` has the field 'batch_size', which is another option of the script. Rename it."),
+        ("size", int, MISSING, "`extra` has the field 'size' without a default. Give it one."),
+        ("size", tuple[int, ...], (), "`extra` has the field 'size' of a type that no option can have."),
+        ("size", int | float, 1, "`extra` has the field 'size' of a type that no option can have."),
     ],
 )
-def test_own_options_that_cannot_be_given_are_refused(
+def test_extra_options_that_cannot_be_given_are_refused(
     name: str, kind: Any, default: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     declared = make_dataclass("Declared", [(name, kind, field(default=default))])
-    assert run(lambda _: pytest.fail("the script started"), own=declared) == 2
+    assert run(lambda _: pytest.fail("the script started"), extra=declared) == 2
     assert expected in capsys.readouterr().err
-    assert run(lambda _: pytest.fail("the script started"), own=int) == 2
-    assert "`own` must be a dataclass, but is <class 'int'> instead." in capsys.readouterr().err
+    assert run(lambda _: pytest.fail("the script started"), extra=int) == 2
+    assert "`extra` must be a dataclass, but is <class 'int'> instead." in capsys.readouterr().err
 
 
-def test_help_shows_own_options_and_those_that_most_need(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(lambda _: pytest.fail("the script started"), "--help", description="What it does.", own=Own) == 0
+def test_help_shows_extra_options_and_those_that_most_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: pytest.fail("the script started"), "--help", description="What it does.", extra=Extra) == 0
     page = capsys.readouterr().out
     assert "What it does." in page
     assert "temperature of the teacher (default: 2.0)" in page
@@ -148,7 +164,7 @@ def test_help_shows_own_options_and_those_that_most_need(capsys: pytest.CaptureF
     assert run(lambda _: pytest.fail("the script started"), "--help", **OF_TASK) == 0
     assert "(default: a-model)" in (page := capsys.readouterr().out)
     assert "required" not in page
-    assert run(lambda _: pytest.fail("the script started"), "--help-all", own=Many) == 0
+    assert run(lambda _: pytest.fail("the script started"), "--help-all", extra=Many) == 0
     assert "--adam_beta1" in (everything := capsys.readouterr().out)
     assert "--limit" in everything
 
@@ -172,7 +188,7 @@ def test_a_script_shows_the_bars_and_messages_that_a_run_shows(
 
 
 def test_a_search_script_has_the_options_of_a_search() -> None:
-    found = options("--n_trials", "3", "--space", "weight_decay=1e-4:0.1:log", searches=True, **OF_TASK)
+    found = options("--n_trials", "3", "--space", "weight_decay=1e-4:0.1:log", for_search=True, **OF_TASK)
     assert found.settings["n_trials"] == 3
     assert found.settings["space"]["weight_decay"].log
     assert "learning_rate" in found.settings
@@ -185,8 +201,10 @@ def test_a_search_script_has_the_options_of_a_search() -> None:
         (["--batch_size", "0"], {}, "`batch_size` must be a positive integer"),
         (["--batch_sise", "2"], {}, "There is no option '--batch_sise'. Did you mean '--batch_size'?"),
         ([], {"task": "text-classification"}, "`--model` is required."),
-        ([], {"temprature": 2.0}, "`run_script` has the default 'temprature', which is no option of the script."),
+        ([], {"temprature": 2.0}, "`run_script` has the default 'temprature', but the script has no such option."),
         (["--dtype", "float8"], OF_TASK, "`dtype` must be"),
+        (["--task", "masked-lm"], OF_TASK, "There is no option '--task'"),
+        (["--max_val_rows", "3", "--train_data", "x"], OF_TASK, "`max_val_rows` is 3, but `val_data` is None. Give"),
     ],
 )
 def test_bad_input_ends_a_script_before_it_starts(
@@ -194,6 +212,45 @@ def test_bad_input_ends_a_script_before_it_starts(
 ) -> None:
     assert run(lambda _: pytest.fail("the script started"), *words, **given) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--save", "merged"], "`save` is 'merged', but there are no adapters to merge"),
+        (["--early_stopping_patience", "2", "--validation_split", "0"], "`early_stopping_patience` needs validation"),
+        (["--metric_for_best", "f2"], "`metric_for_best`"),
+        (["--packing"], "`packing` is an option of the task 'causal-lm'"),
+        (["--max_val_rows", "3"], "`max_val_rows` is 3, but `val_data` is None."),
+        (["--columns", "stars"], "`columns` has 'stars', which is not role=column."),
+    ],
+)
+def test_a_script_and_the_command_refuse_the_same_before_they_load(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"model": "/absent", "train_data": "/absent.csv"}
+    given = {"task": "text-classification", **named}
+    assert run(lambda _: pytest.fail("the script started"), *words, **given) == 2
+    by_script = capsys.readouterr().err
+    assert expected in by_script
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert main(["train", *flags, *words]) == 2
+    assert capsys.readouterr().err.partition(": ")[2] == by_script.partition(": ")[2]
+
+
+def test_a_script_with_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: pytest.fail("the script started"), model="m", train_data="t", task="nope") == 2
+    assert "`task` must be one of" in capsys.readouterr().err
+
+
+def test_a_script_checks_its_extra_options_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert options("--width", "8", extra=Checked).extra == Checked(8)
+    assert options(extra=Checked, width=4).extra == Checked(4)
+    assert run(lambda _: pytest.fail("the script started"), "--width", "6", extra=Checked) == 2
+    assert capsys.readouterr().err.endswith("`width` must be a multiple of 4.\n")
+    (tmp_path / "run.yaml").write_text("width: [4]")
+    assert run(lambda _: pytest.fail("the script started"), "--config", str(tmp_path / "run.yaml"), extra=Checked) == 2
+    assert "`width` must be an integer, but is [4] instead." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "status"), [(DataError("no rows"), 2), (DivergedError("not finite"), 1)])
@@ -218,6 +275,6 @@ def test_an_output_that_could_not_be_written_fails_a_script() -> None:
 
 def test_a_search_without_a_finished_trial_fails_a_script() -> None:
     study = optuna.create_study()
-    assert run(lambda _: study, searches=True) == 1
+    assert run(lambda _: study, for_search=True) == 1
     study.add_trial(optuna.trial.create_trial(value=0.5))
-    assert run(lambda _: study, searches=True) == 0
+    assert run(lambda _: study, for_search=True) == 0

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .planning.plan import Plan
     from .runtime.model_wrapper import ModelWrapper
     from .tasks.load import load_task
-    from .tasks.text_options import TextOptions
+    from .tasks.model_and_data_options import ModelAndDataOptions
     from .tracking.result import Result
 
 __version__ = "0.1.0"
@@ -60,6 +60,7 @@ __all__ = [
     "LostProcessError",
     "MeanSquaredError",
     "MetricsError",
+    "ModelAndDataOptions",
     "ModelWrapper",
     "OutputWarning",
     "PaddingWarning",
@@ -68,7 +69,6 @@ __all__ = [
     "Result",
     "ScriptOptions",
     "SettingsError",
-    "TextOptions",
     "TextWarning",
     "UntrainedLossWarning",
     "Verification",
@@ -89,11 +89,11 @@ _MODULES = {
     **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
     **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),
     "ExactAccumulation": "bridges.loop.exact_accumulation",
+    "ModelAndDataOptions": "tasks.model_and_data_options",
     "ModelWrapper": "runtime.model_wrapper",
     "Plan": "planning.plan",
     "Result": "tracking.result",
     "ScriptOptions": "apps.script",
-    "TextOptions": "tasks.text_options",
     "Verification": "apps.verify.report",
     "exact": "bridges.trainer.exact_trainer",
     "load_task": "tasks.load",

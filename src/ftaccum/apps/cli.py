@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from .exit_status import BAD_INPUT, OK, reported
+from .exit_status import BAD_INPUT, OK, run_and_report
 
 COMMANDS = {
     "train": "fine-tune a model on files or hub data",
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     after_interrupt = ". The same command resumes the search." if command == "search" else "."
     module = import_module(f"{__package__}.commands.{command}")
-    return reported(f"ftaccum {command}", lambda: int(module.run(options)), after_interrupt)
+    return run_and_report(f"ftaccum {command}", lambda: int(module.run(options)), after_interrupt)
 
 
 def _help(words: Sequence[str]) -> int:

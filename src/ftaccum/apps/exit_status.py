@@ -12,7 +12,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 
-def reported(name: str, run: Callable[[], int], after_interrupt: str = ".") -> int:
+def run_and_report(name: str, run: Callable[[], int], after_interrupt: str = ".") -> int:
     """Call a function, print its expected errors, and return its exit status.
 
     Args:

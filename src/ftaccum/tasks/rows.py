@@ -41,11 +41,8 @@ def load_rows(
         )
     options = ReadingOptions(**{f.name: getattr(named, f.name) for f in fields(ReadingOptions)})
     texts = text_columns or ()
-    train = read_rows(named.train_data, options, seed=seed, text_columns=texts, limit=named.max_train_rows)
-    val: Any = None
-    if named.val_data:
-        source, limit = named.val_data, named.max_val_rows
-        val = read_rows(source, options, argument="val_data", split="validation", text_columns=texts, limit=limit)
+    train = read_named(named, "train_data", options, seed=seed, text_columns=texts)
+    val = read_named(named, "val_data", options, text_columns=texts) if named.val_data else None
     names = columns_of(train)
     chosen = choose_columns(names, task.roles, task.given, "train_data")
     if not task.reads_text:
@@ -56,6 +53,23 @@ def load_rows(
     if val is None:
         return by_role(train, chosen), None
     return by_role(train, chosen), by_role(val, choose_columns(val.column_names, task.roles, chosen, "val_data"))
+
+
+def read_named(named: Any, argument: str, options: ReadingOptions, **more: Any) -> Any:
+    """Return the first rows that an option names, as many as another option allows.
+
+    Args:
+        named: options with the fields of `TrainDataArguments` and `ValDataArguments`.
+        argument: "train_data" or "val_data".
+        options: how to read.
+        **more: further arguments of `read_rows`.
+
+    Raises:
+        DataError: if the rows cannot be read.
+    """
+    split, limit = ("train", "max_train_rows") if argument == "train_data" else ("validation", "max_val_rows")
+    source, most = getattr(named, argument), getattr(named, limit)
+    return read_rows(source, options, argument=argument, split=split, limit=most, **more)
 
 
 def by_role(rows: Any, chosen: Mapping[str, str]) -> Any:

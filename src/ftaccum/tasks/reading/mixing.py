@@ -53,7 +53,7 @@ def first_of_each(rows: Dataset, sizes: Sequence[int], limit: int) -> Dataset:
     bounds = [0, *itertools.accumulate(sizes)]
     if limit >= bounds[-1]:
         return rows
-    shares = [limit * bound // bounds[-1] for bound in bounds]
+    shares = [-(-limit * bound // bounds[-1]) for bound in bounds]
     pairs = zip(bounds, itertools.pairwise(shares), strict=False)  # the last bound begins no part
     return rows.select([start + n for start, (before, after) in pairs for n in range(after - before)])
 

@@ -6,38 +6,38 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import refuse, shown
+from ..errors import SettingsError, refuse, shown
 from ..fields import rules_of
 
 _WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a text", Path: "a path"}
 
 
-def check_own_options(own: type, taken: Collection[str]) -> None:
-    """Check the declaration of a script's own options.
+def check_extra_options(extra: type, taken: Collection[str]) -> None:
+    """Check the declaration of a script's extra options.
 
     Args:
-        own: a dataclass.
+        extra: a dataclass.
         taken: the names of the other options of the script.
 
     Raises:
         SettingsError: if it is no dataclass; and for fields without a default, with a name that is taken, or of a type
             that the command line cannot give.
     """
-    if not (isinstance(own, type) and is_dataclass(own)):
-        refuse([f"`own` must be a dataclass, but is {shown(own)} instead. Decorate it with `@dataclass`."])
-    hints = get_type_hints(own)
-    plain = _plain_fields(own)
-    refuse([fault for f in fields(own) for fault in _faults_of_field(f, hints[f.name], taken, f in plain)])
+    if not (isinstance(extra, type) and is_dataclass(extra)):
+        refuse([f"`extra` must be a dataclass, but is {shown(extra)} instead. Decorate it with `@dataclass`."])
+    hints = get_type_hints(extra)
+    plain = plain_fields(extra)
+    refuse([fault for f in fields(extra) for fault in _faults_of_field(f, hints[f.name], taken, f in plain)])
 
 
-def read_own_options(parsed: Any) -> list[str]:
-    """Convert the values of a script's own options to their types, and return a sentence for each that has another.
+def read_extra_options(parsed: Any) -> list[str]:
+    """Convert the values of a script's extra options to their types, and return a sentence for each that has another.
 
     A YAML file may have given a value of any type.
     """
     hints = get_type_hints(type(parsed))
     faults = []
-    for f in _plain_fields(type(parsed)):
+    for f in plain_fields(type(parsed)):
         value, hint = getattr(parsed, f.name), hints[f.name]
         if type(value) is int and float in _kinds(hint) and int not in _kinds(hint):
             value = float(value)
@@ -47,22 +47,34 @@ def read_own_options(parsed: Any) -> list[str]:
     return faults
 
 
-def _plain_fields(own: type) -> list[Field]:
+def make_extra_options(extra: type, parsed: Any) -> Any:
+    """Return an instance of the dataclass of a script, with the values of an instance of another one.
+
+    Raises:
+        SettingsError: if its `__post_init__` raises ValueError.
+    """
+    try:
+        return extra(**{f.name: getattr(parsed, f.name) for f in fields(extra)})
+    except ValueError as error:
+        raise SettingsError([str(error)]) from error
+
+
+def plain_fields(extra: type) -> list[Field]:
     """Return the fields that the script declares, without those of ftaccum, which have rules or conversions."""
-    ruled = rules_of(own)
-    return [f for f in fields(own) if f.name not in ruled and "traits" not in f.metadata]
+    ruled = rules_of(extra)
+    return [f for f in fields(extra) if f.name not in ruled and "traits" not in f.metadata]
 
 
 def _faults_of_field(declared: Field, hint: Any, taken: Collection[str], is_plain: bool) -> list[str]:
     faults = []
     if declared.name in taken:
-        faults.append(f"`own` has the field {declared.name!r}, which is another option of the script. Rename it.")
+        faults.append(f"`extra` has the field {declared.name!r}, which is another option of the script. Rename it.")
     if declared.default is MISSING and declared.default_factory is MISSING:
-        faults.append(f"`own` has the field {declared.name!r} without a default. Give it one.")
+        faults.append(f"`extra` has the field {declared.name!r} without a default. Give it one.")
     kinds = _kinds(hint)
     if is_plain and (not all(_is_supported(kind) for kind in kinds) or (len(kinds) > 1 and str not in kinds)):
         faults.append(
-            f"`own` has the field {declared.name!r} of a type that no option can have. Use bool, int, float, str, "
+            f"`extra` has the field {declared.name!r} of a type that no option can have. Use bool, int, float, str, "
             "Path, Literal or a list of one of them, and `| None`."
         )
     return faults
