@@ -24,7 +24,7 @@ extensions = [
     "declared_arguments",
     "declared_options",
     "docstrings",
-    "short_cells",
+    "table_cells",
 ]
 exclude_patterns = ["_build", "examples", "teaching/outputs"]
 
@@ -40,6 +40,7 @@ suppress_warnings = [] if nb_execution_mode == "force" else ["myst-nb.lexer"]  #
 nb_execution_raise_on_error = False  # a failed page is a warning, which fails the build, with its traceback
 nb_execution_in_temp = True
 nb_execution_show_tb = True
+nb_merge_streams = True  # a cell's printed lines are one block
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "recipes"), str(DOCS / "teaching")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -23,12 +23,9 @@ def main(options: ScriptOptions) -> Result:
     packaged.prepare(*options.data.values())
     loaded = load_task(**options.data)
     result = test_fine_tuning(**loaded.arguments(), **options.settings)
-    state = PartialState()
-    tokens_per_row = (result.tokens_per_second or 0) / result.samples_per_second
-    state.print(f"Tokens per update: {result.effective_batch_size * tokens_per_row:,.0f}")
     if result.val_loss_history:
         before, after = math.exp(result.initial_loss), math.exp(result.val_loss_history[-1])
-        state.print(f"Held-out perplexity: {before:.1f} before, {after:.1f} after")
+        PartialState().print(f"Held-out perplexity: {before:.1f} before, {after:.1f} after")
     return result
 
 

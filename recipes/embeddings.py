@@ -92,7 +92,7 @@ def retrieval(found: EvalPrediction) -> dict[str, float]:
     """Return how well the anchors find their positives, by cosine similarity to the positives of all rows.
 
     The rank of a row is 1 for a positive that is nearest to its anchor. Positives with the same label count as one.
-    Those that are as near as a row's own rank before it.
+    Those that are as near as a row's own rank before it, and so do those whose similarity is not a number.
 
     Args:
         found: `predictions` are the embeddings of anchors and positives, each of shape (rows, dim); `label_ids` are the
@@ -102,11 +102,12 @@ def retrieval(found: EvalPrediction) -> dict[str, float]:
         `recall@1` and `recall@10`, the shares of rows that rank first and among the first ten; and `mrr`, the mean of
         1 / rank.
     """
-    anchors_ND, positives_ND = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in found.predictions)
+    with np.errstate(invalid="ignore"):  # a vector of zeros has no direction
+        anchors_ND, positives_ND = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in found.predictions)
     labels_N = np.asarray(found.label_ids)
     scores_NN = anchors_ND @ positives_ND.T
     own_N1 = np.diagonal(scores_NN)[:, None]
-    ranks_N = 1 + ((scores_NN >= own_N1) & (labels_N[:, None] != labels_N)).sum(1)
+    ranks_N = 1 + (~(scores_NN < own_N1) & (labels_N[:, None] != labels_N)).sum(1)
     return {
         "recall@1": float((ranks_N <= 1).mean()),
         "recall@10": float((ranks_N <= 10).mean()),

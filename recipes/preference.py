@@ -22,6 +22,7 @@ constructed. The adapters in OUTPUT_DIR/model load with `pipeline("text-generati
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +36,15 @@ from transformers import AutoModelForCausalLM, EvalPrediction
 
 import packaged
 from ftaccum import (
+    DataError,
     ModelAndDataOptions,
     ModelWrapper,
     Result,
     ScriptOptions,
+    SettingsError,
+    TextWarning,
     run_script,
     test_fine_tuning,
-    tokenize_columns,
 )
 
 
@@ -89,36 +92,69 @@ class Preference(ModelWrapper):
     def log_probability(self, ids_NL: Tensor, mask_NL: Tensor, labels_NL: Tensor) -> Tensor:
         """Return the log-probability of each answer, given its prompt."""
         logits_NLV = self.model(input_ids=ids_NL, attention_mask=mask_NL).logits
+        logits_NLV = logits_NLV.to(torch.promote_types(logits_NLV.dtype, torch.float32))  # sums lose digits in 16 bits
         losses_NL = F.cross_entropy(logits_NLV[:, :-1].transpose(1, 2), labels_NL[:, 1:], reduction="none")
         return -losses_NL.sum(1)
 
 
-def encode(rows: Dataset, tokenizer: Any, extra: Options, max_length: int | None) -> Dataset:
+def encode(
+    rows: Dataset, tokenizer: Any, extra: Options, max_length: int | None, argument: str = "train_data"
+) -> Dataset:
     """Return rows of tokens: of the prompt with each answer. The labels of the prompt's tokens are -100.
 
+    An answer is never cut, because its log-probability would be that of another answer. If the longer answer of a pair
+    leaves too little room for the prompt, the start of the prompt is cut off; if it leaves none, the pair is skipped.
     `compute_metrics` needs labels of whole rows, too, which are the same in all rows.
+
+    Args:
+        max_length: the most tokens of a prompt with its answer; None: as many as the tokenizer accepts.
+        argument: the argument that the rows came from, for messages.
+
+    Raises:
+        DataError: if no pair is left.
     """
+    limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    pairs = list(zip(*tokens_of(rows, tokenizer, extra), strict=True))
+    rooms = [limit - max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
+    skipped = [room < 1 for room in rooms]
+    if all(skipped):
+        raise DataError(f"Each pair of `{argument}` has an answer of {limit} tokens or more. Raise `max_length`.")
+    cut = [0 < room < len(prompt) for room, (prompt, *_) in zip(rooms, pairs, strict=True)]
+    warn_of_pairs(argument, cut, f"are longer than {limit} tokens. The start of their prompts is cut off.")
+    warn_of_pairs(argument, skipped, f"have an answer of {limit} tokens or more and are skipped.")
+    encoded = []
+    for room, (prompt, *answers) in zip(rooms, pairs, strict=True):
+        row: dict[str, Any] = {"labels": 1}
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            row[f"{side}_input_ids"] = prompt[-room:] + answer
+            row[f"{side}_attention_mask"] = [1] * len(row[f"{side}_input_ids"])
+            row[f"{side}_labels"] = [-100] * len(prompt[-room:]) + answer
+        if room > 0:
+            encoded.append(row)
+    return Dataset.from_list(encoded)
 
-    def formatted(row: dict[str, str]) -> dict[str, str]:
-        message = {"role": "user", "content": row[extra.prompt]}
-        prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        end = tokenizer.eos_token
-        return {"prompt": prompt, "chosen": row[extra.chosen] + end, "rejected": row[extra.rejected] + end}
 
-    def joined(row: dict[str, list[int]]) -> dict[str, Any]:
-        found: dict[str, Any] = {"labels": 1}
-        prompt = row["prompt_input_ids"]
-        for side in ("chosen", "rejected"):
-            answer = row[f"{side}_input_ids"]
-            found[f"{side}_input_ids"] = (prompt + answer)[:max_length]
-            found[f"{side}_attention_mask"] = [1] * len(found[f"{side}_input_ids"])
-            found[f"{side}_labels"] = ([-100] * len(prompt) + answer)[:max_length]
-        return found
+def tokens_of(rows: Dataset, tokenizer: Any, extra: Options) -> list[list[list[int]]]:
+    """Return the token ids of the prompts, the chosen and the rejected answers, without a limit.
 
-    texts = Dataset.from_list([formatted(row) for row in rows])
-    sides = {name: name for name in texts.column_names}
-    tokens = tokenize_columns(texts, tokenizer, sides, max_length=max_length, add_special_tokens=False)
-    return Dataset.from_list([joined(row) for row in tokens])
+    Raises:
+        SettingsError: if the tokenizer has no chat template or no end-of-text token.
+    """
+    if tokenizer.chat_template is None or tokenizer.eos_token is None:
+        raise SettingsError(
+            [f"The tokenizer of {extra.model!r} has no chat template or no end-of-text token. Choose a chat model."]
+        )
+    messages = [[{"role": "user", "content": prompt}] for prompt in rows[extra.prompt]]
+    prompts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    answers = [[text + tokenizer.eos_token for text in rows[column]] for column in (extra.chosen, extra.rejected)]
+    return [tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, *answers)]
+
+
+def warn_of_pairs(argument: str, flagged: list[bool], problem: str) -> None:
+    """Warn once, on the first process, with the number of flagged pairs."""
+    if any(flagged) and PartialState().is_main_process:
+        pairs = f"{sum(flagged)} of {len(flagged)} pairs (the first is row {flagged.index(True)})"
+        warnings.warn(f"In `{argument}`, {pairs} {problem}", TextWarning, stacklevel=2)
 
 
 def preferences(found: EvalPrediction) -> dict[str, float]:
@@ -132,7 +168,8 @@ def main(options: ScriptOptions) -> Result:
     packaged.prepare(extra.model, extra.train_data, extra.val_data)
     rows = extra.read((extra.prompt, extra.chosen, extra.rejected))
     model, tokenizer = extra.load(AutoModelForCausalLM)
-    encoded = {name: encode(each, tokenizer, extra, options.settings["max_length"]) for name, each in rows.items()}
+    length = options.settings["max_length"]
+    encoded = {name: encode(each, tokenizer, extra, length, name) for name, each in rows.items()}
     result = test_fine_tuning(
         Preference(model, extra.beta),
         **encoded,

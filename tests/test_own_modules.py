@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import ftaccum
-from ftaccum import ModelAndDataOptions, ModelWrapper, ScriptOptions, SettingsError, tokenize_columns
+from ftaccum import DataError, ModelAndDataOptions, ModelWrapper, ScriptOptions, SettingsError, tokenize_columns
 from task_files import save_encoder
 
 TEXTS = {"question": ["a good film", "film"], "answer": ["the very bad film", "not bad"], "grade": [3, 4]}
@@ -63,6 +63,29 @@ def test_long_texts_are_cut_and_the_tokenizer_stays_as_it_is(model: str) -> None
     encoder = AutoModel.from_pretrained(model)
     with pytest.raises(SettingsError, match="`max_length` is 999, but the tokenizer and the model accept at most"):
         tokenize_columns(Dataset.from_dict(TEXTS), tokenizer, {"one": "answer"}, model=encoder, max_length=999)
+
+
+def test_all_forms_of_rows_become_the_same_tokens(model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    table = Dataset.from_dict(TEXTS)
+    expected = tokenize_columns(table, tokenizer, {"one": "question"}).to_list()
+    for rows in (TEXTS, table.to_list(), table.to_pandas()):
+        assert tokenize_columns(rows, tokenizer, {"one": "question"}).to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"answer": "a"}], "`rows` has no column 'question' to read texts from, only 'answer'. Name one .*`columns`"),
+        ([{"question": "a"}, {"question": None}], "In `rows`, row 1 has None instead of text in its column 'question'"),
+        ([{"question": ["a", "b"]}], r"Column 'question' of `rows` holds \['a', 'b'\] instead of text"),
+        (Dataset.from_dict(TEXTS).to_iterable_dataset(), "`rows` must be .*, but is a stream instead. Take the rows"),
+        ("rows.csv", "`rows` must be .*, but is str instead"),
+    ],
+)
+def test_rows_without_texts_to_tokenise_are_refused(model: str, rows: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenize_columns(rows, AutoTokenizer.from_pretrained(model), {"one": "question"})
 
 
 def test_a_script_reads_the_texts_that_its_options_name(model: str, tmp_path: Path) -> None:

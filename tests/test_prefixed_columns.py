@@ -3,10 +3,12 @@
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exactness import accumulated_gradients
 from ftaccum import DataError, test_fine_tuning
+from ftaccum.data.batches import token_counts
 from ftaccum.data.columns import Along, ColumnRules, Columns
 from ftaccum.data.convert import as_rows
 from ftaccum.data.novelty import kinds_of
@@ -83,6 +85,26 @@ def test_the_length_of_a_row_is_that_of_its_longest_text(as_table: bool) -> None
     assert as_rows(data, "train_data").lengths() == [5, 6, 2, 7, 5]
 
 
+@pytest.mark.parametrize("as_table", [False, True])
+def test_the_tokens_of_all_texts_count(as_table: bool) -> None:
+    data = datasets.Dataset.from_list(ROWS * 2) if as_table else ROWS * 2  # 78 tokens in 10 rows
+    result = test_fine_tuning(
+        Comparer(), train_data=data, validation_split=0.0, tokens_per_update=78, batch_size=10, n_epochs=1,
+        planner=False, progress=False, verbosity="quiet",
+    )  # fmt: skip
+    assert (result.effective_batch_size, result.optimizer_steps) == (10, 1)
+    assert result.tokens_per_second is not None
+    assert result.padding_fraction == pytest.approx(1 - 78 / (10 * (6 + 7)))
+    batch = PaddingCollator(ColumnRules())(ROWS)
+    assert token_counts(batch) == (39, batch["chosen_input_ids"].numel() + batch["rejected_input_ids"].numel())
+
+
+@pytest.mark.parametrize("max_tokens", [100, "auto"])
+def test_a_cap_on_tokens_is_refused_for_rows_with_several_texts(max_tokens: int | str) -> None:
+    with pytest.raises(DataError, match="Omit `max_tokens`: `batch_size` then limits the rows"):
+        test_fine_tuning(Comparer(), train_data=ROWS, validation_split=0.0, max_tokens=max_tokens, verbosity="quiet")
+
+
 def test_the_gradient_of_rows_with_several_texts_is_that_of_one_batch() -> None:
     model = Comparer().double()
     model(**PaddingCollator(ColumnRules())(ROWS))["loss"].backward()
@@ -91,6 +113,68 @@ def test_the_gradient_of_rows_with_several_texts_is_that_of_one_batch() -> None:
     for data in (ROWS, datasets.Dataset.from_list(ROWS)):
         found = accumulated_gradients(model, data, batch_size=2, effective_batch_size=5, verbosity="quiet")
         assert relative_error(found[0], expected) < 1e-14
+
+
+def test_texts_without_masks_get_one_each_that_hides_their_padding() -> None:
+    rows: list[Row] = [{name: ids for name, ids in row.items() if "mask" not in name} for row in ROWS]
+    model = Comparer().double()
+    losses = [  # of each row, which needs no padding
+        model(**{name: torch.tensor([values]) for name, values in row.items()})["loss"] for row in ROWS
+    ]
+    torch.stack(losses).mean().backward()
+    assert model.embedding.weight.grad is not None
+    expected = {"embedding.weight": model.embedding.weight.grad.clone()}
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        found = accumulated_gradients(model, data, batch_size=2, effective_batch_size=5, verbosity="quiet")
+        assert relative_error(found[0], expected) < 1e-14
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_text_gets_a_mask_only_if_the_model_or_the_loss_takes_it(left: bool) -> None:
+    rows: list[Row] = [{"chosen_input_ids": [1, 2], "input_ids": [1]}, {"chosen_input_ids": [1], "input_ids": [1, 2]}]
+    one_sided = frozenset({"chosen_input_ids", "input_ids"})
+    side = "left" if left else "right"
+    for rules in (ColumnRules(), ColumnRules(one_sided | {"chosen_attention_mask"}), ColumnRules(one_sided, True)):
+        batch = PaddingCollator(rules, padding_side=side)(rows)
+        assert batch["chosen_attention_mask"].tolist() == [[1, 1], [0, 1] if left else [1, 0]]
+        assert batch["attention_mask"].tolist() == [[0, 1] if left else [1, 0], [1, 1]]
+    assert "chosen_attention_mask" not in PaddingCollator(ColumnRules(one_sided), padding_side=side)(rows)
+
+
+class Tagger(nn.Module):
+    """Predicts a label for each token of its only text, whose columns have a prefix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 7)
+
+    def forward(self, text_input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.embedding(text_input_ids).flatten(0, 1), labels.flatten())}
+
+
+def tagged(*lengths: int) -> list[Row]:
+    return [{"text_input_ids": list(range(n)), "labels": [(n + place) % 7 for place in range(n)]} for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 5, 3, 3), (3, 4, 3, 5, 2, 6)])
+def test_labels_run_along_the_tokens_of_the_only_text(lengths: tuple[int, ...]) -> None:
+    rows, model = tagged(*lengths), Tagger().double()
+    ids, labels = (torch.tensor([[n for row in rows for n in row[name]]]) for name in ("text_input_ids", "labels"))
+    model(ids, labels)["loss"].backward()
+    assert model.embedding.weight.grad is not None
+    expected = {"embedding.weight": model.embedding.weight.grad.clone()}
+    found = accumulated_gradients(model, rows, batch_size=2, effective_batch_size=6, verbosity="quiet")
+    assert relative_error(found[0], expected) < 1e-14
+
+
+def test_the_error_names_labels_that_are_longer_than_the_only_text() -> None:
+    rows = tagged(3, 4, 3, 5)
+    rows[2]["labels"].append(1)
+    message = "row 2 .*'labels' has the shape \\(4,\\), but must have \\(3,\\) to match its 'text_input_ids'"
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        with pytest.raises(DataError, match=message):
+            test_fine_tuning(Tagger(), train_data=data, validation_split=0.0, progress=False, verbosity="quiet")
 
 
 def test_the_tokens_of_several_texts_are_no_kinds_of_rows() -> None:

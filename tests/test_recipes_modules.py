@@ -27,7 +27,7 @@ from transformers import (
 
 from chats import save_chat_model
 from exactness import accumulated_gradients
-from ftaccum import DataError
+from ftaccum import DataError, SettingsError, TextWarning
 from ftaccum.data.columns import ColumnRules
 from ftaccum.data.padding import PaddingCollator
 from heads import relative_error
@@ -123,6 +123,35 @@ def test_the_labels_of_a_pair_are_its_answers_with_their_end(tmp_path: Path) -> 
             assert row[f"{side}_labels"][-len(labelled) :] == labelled
 
 
+def test_long_prompts_are_cut_at_their_start_and_answers_never(tmp_path: Path) -> None:
+    import preference
+
+    whole, tokenizer = sides(save_chat_model(tmp_path))
+    options, limit = preference.Options(), len("you or me") + 2  # with the end token, one token of the prompt fits
+    with pytest.warns(
+        TextWarning, match=r"In `val_data`, 5 of 5 pairs \(the first is row 0\) are longer than 11 tokens"
+    ):
+        rows = preference.encode(Dataset.from_list(PAIRS), tokenizer, options, limit, "val_data")
+    for row, uncut in zip(rows, whole, strict=True):
+        n = {side: len(row[f"{side}_input_ids"]) for side in ("chosen", "rejected")}
+        assert max(n.values()) == limit
+        for side in n:
+            assert row[f"{side}_input_ids"] == uncut[f"{side}_input_ids"][-n[side] :]
+            assert row[f"{side}_labels"] == uncut[f"{side}_labels"][-n[side] :]
+            assert row[f"{side}_labels"][0] == -100
+            assert len(row[f"{side}_attention_mask"]) == n[side]
+    skips = r"2 of 5 pairs \(the first is row 1\) have an answer of 10 tokens or more and are skipped"
+    with pytest.warns(TextWarning, match="are longer than 10 tokens"), pytest.warns(TextWarning, match=skips):
+        assert len(preference.encode(Dataset.from_list(PAIRS), tokenizer, options, 10)) == 3
+    with pytest.raises(DataError, match="Each pair of `train_data` has an answer of 2 tokens or more"):
+        preference.encode(Dataset.from_list(PAIRS), tokenizer, options, 2)
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="has no chat template or no end-of-text token"):
+        sides(save_chat_model(tmp_path, template=None))
+
+
 def test_a_window_of_preferences_has_the_gradient_of_one_batch(tmp_path: Path) -> None:
     import preference
 
@@ -156,9 +185,12 @@ def test_pairs_without_a_change_count_half() -> None:
 
 
 def test_preference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*preference_words(tmp_path), *TWO, "--output_dir", str(tmp_path / "out")]
-    assert run_recipe("preference", *words) == 0
-    assert ", loss 0.69" in capsys.readouterr().out
+    words = [*preference_words(tmp_path), "--val_data", str(tmp_path / "pairs.jsonl"), "--beta", "1"]
+    fast = ["--max_updates", "6", "--batch_size", "5", "--learning_rate", "0.1", "--progress", "no"]
+    assert run_recipe("preference", *words, *fast, "--output_dir", str(tmp_path / "out")) == 0
+    losses = re.search(r", loss ([\d.]+) \(([\d.]+) before\)", capsys.readouterr().out)
+    assert losses is not None
+    assert float(losses[1]) < 0.65 < float(losses[2]) == 0.693
     generate = pipeline("text-generation", model=str(tmp_path / "out" / "model"))
     assert generate([{"role": "user", "content": "hi"}], max_new_tokens=2)
     assert (tmp_path / "out" / "model" / "adapter_config.json").exists()

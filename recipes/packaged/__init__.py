@@ -24,6 +24,7 @@ from . import (
     small_llama,
     small_vit,
     smollm,
+    wordnet,
     words,
 )  # fmt: skip
 from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
@@ -31,7 +32,7 @@ from .chats import CHATS_TRAIN, CHATS_VAL
 from .choices import CHOICES_TRAIN, CHOICES_VAL
 from .digit_models import DIGIT_TEACHER, TINY_VIT
 from .digits import DIGITS_TRAIN, DIGITS_VAL
-from .files import CACHE
+from .files import CACHE, prepare_missing
 from .glosses import GLOSSES_TRAIN, GLOSSES_VAL
 from .letters_t5 import LETTERS_T5
 from .minilm import MINILM
@@ -54,7 +55,7 @@ __all__ = [
 
 _SOURCES = (
     addresses, chats, choices, digit_models, digits, glosses, letters_t5, minilm, movies, preferences,
-    pronunciations, questions, small_llama, small_vit, smollm, words,
+    pronunciations, questions, small_llama, small_vit, smollm, wordnet, words,
 )  # fmt: skip
 
 
@@ -68,5 +69,4 @@ def prepare(*names: Any) -> None:
         if wanted & set(map(str, source.PATHS)):
             CACHE.mkdir(parents=True, exist_ok=True)
             with FileLock(CACHE / ".lock"):
-                if not all(path.exists() for path in source.PATHS):
-                    source.prepare()
+                prepare_missing(source)

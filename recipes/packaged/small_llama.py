@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import glosses
-from .files import CACHE, beside, say
+from .files import CACHE, complete_path, prepare_missing, say
 
 SMALL_LLAMA = CACHE / "small-llama"
 PATHS = (SMALL_LLAMA,)
@@ -17,8 +17,7 @@ def prepare() -> None:
     """Prepare the model, and the tokenizer from the dictionary's training entries."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    if not glosses.GLOSSES_TRAIN.exists():
-        glosses.prepare()
+    prepare_missing(glosses)
     say("Preparing a small Llama (once) …")
     with glosses.GLOSSES_TRAIN.open(encoding="utf-8") as lines:
         tokenizer = byte_tokenizer(lines)
@@ -36,10 +35,9 @@ def prepare() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    half_done = beside(SMALL_LLAMA)
-    LlamaForCausalLM(config).save_pretrained(half_done)
-    tokenizer.save_pretrained(half_done)
-    half_done.rename(SMALL_LLAMA)
+    with complete_path(SMALL_LLAMA) as half_done:
+        LlamaForCausalLM(config).save_pretrained(half_done)
+        tokenizer.save_pretrained(half_done)
 
 
 def byte_tokenizer(lines: Iterable[str]) -> Any:

@@ -1,19 +1,34 @@
 """A small vision transformer with random weights, for images of 8 × 8 pixels. No package has a pretrained one."""
 
-from .files import CACHE, beside
+from typing import Any
+
+from .files import CACHE, complete_path
 
 SMALL_VIT = CACHE / "small-vit"
 PATHS = (SMALL_VIT,)
 
+_SIDE = 8  # pixels
+
 
 def prepare() -> None:
     """Prepare the configuration, new weights (the same each time) and the image processor for `from_pretrained`."""
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel, set_seed
+    model = new_vit(hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4)
+    with complete_path(SMALL_VIT) as half_done:
+        model.save_pretrained(half_done)
+        image_processor().save_pretrained(half_done)
 
-    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    half_done = beside(SMALL_VIT)
+
+def new_vit(**sizes: int) -> Any:
+    """Return a vision transformer without a head, with patches of 2 × 2 pixels and without dropout."""
+    from transformers import ViTConfig, ViTModel, set_seed
+
     set_seed(0)
-    ViTModel(ViTConfig(image_size=8, patch_size=2, **sizes, **off), add_pooling_layer=False).save_pretrained(half_done)
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(half_done)
-    half_done.rename(SMALL_VIT)
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTModel(ViTConfig(image_size=_SIDE, patch_size=2, **sizes, **off), add_pooling_layer=False)
+
+
+def image_processor() -> Any:
+    """Return the processor that resizes and normalizes the images."""
+    from transformers import ViTImageProcessor
+
+    return ViTImageProcessor(size={"height": _SIDE, "width": _SIDE})

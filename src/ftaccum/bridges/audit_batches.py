@@ -7,10 +7,9 @@ from itertools import chain
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
 
 from ..accumulation.audit_sample import Piece, choose_part
-from ..data.batches import has_rows, hides_padding, join, take
+from ..data.batches import has_rows, hides_padding, join, take, token_positions
 from ..data.loader import MicroBatch
 from ..objective.item_counts import Batch, rows_of
 from ..objective.objective import Objective
@@ -180,5 +179,4 @@ def _size(batch: Batch) -> int:
     """Return the number of token positions, or of rows if there are no tokens; 0 if it has no rows either."""
     if not has_rows(batch):
         return 0
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return ids.numel() if isinstance(ids, Tensor) else rows_of(batch)
+    return token_positions(batch) or rows_of(batch)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.layout import reshard
 from ..runtime.sharding.tensors import local_part
 
@@ -52,10 +53,19 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     gathered weights are freed first.
     """
     reshard(model)
-    adapted = hasattr(model, "peft_config")
-    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
+    left_out = base_weights(model)
+    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p not in left_out}
     passing = passing_of(model)
     return weights | {name: b for name, b in model.named_buffers() if name not in passing}
+
+
+def base_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Return the frozen weights of a PEFT model, also of one in a `ModelWrapper`. The set is empty for other models.
+
+    Other frozen weights of a `ModelWrapper` are not among them, as its `forward` may change these.
+    """
+    inner = model_to_save(model)
+    return {p for p in inner.parameters() if not p.requires_grad} if hasattr(inner, "peft_config") else set()
 
 
 def passing_of(model: nn.Module) -> dict[str, Tensor]:

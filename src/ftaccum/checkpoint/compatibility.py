@@ -23,6 +23,7 @@ from ..runtime.sharding.layout import leading_values, unsharded_class
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings.recipe import SIZES, Recipe
 from ..settings.runtime import Runtime
+from .best_weights import base_weights
 
 FORMAT = 4  # version of the checkpoint files; other versions cannot be read
 _LOOKED_AT = 16  # leading numbers of each frozen weight that identify it
@@ -100,8 +101,8 @@ def model_identity(model: nn.Module) -> str:
     """
     weights = list(model.named_parameters())
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
-    if hasattr(model, "peft_config"):  # frozen weights are not in the checkpoint
-        frozen = [p for name, p in weights if not p.requires_grad and _REPLACED not in name]
+    if left_out := base_weights(model):  # of the checkpoint
+        frozen = [p for name, p in weights if p in left_out and _REPLACED not in name]
         shapes += repr(leading_values(frozen, _LOOKED_AT))
     trained = sum(p.numel() for _, p in weights if p.requires_grad)
     total = sum(p.numel() for _, p in weights)
@@ -109,17 +110,24 @@ def model_identity(model: nn.Module) -> str:
     return f"{unsharded_class(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
 
 
-def adapter_identity(model: Any) -> str | None:
-    """Return the configuration of a PEFT model's adapters; None for other models."""
-    found = getattr(model, "peft_config", None)
-    if not isinstance(found, Mapping):
+def adapter_identity(model: nn.Module) -> str | None:
+    """Return the configurations of the adapters in a model, also of PEFT models inside of it; None without any."""
+    held = (getattr(module, "peft_config", None) for module in model.modules())
+    found = {
+        id(configs): configs for configs in held if isinstance(configs, Mapping)
+    }  # a PEFT model has it in 3 places
+    if not found:
         return None
-    configs = {name: sorted(vars(config).items()) for name, config in found.items()}
     named = {
-        name: ", ".join(f"{n}={_named(v)}" for n, v in values if n not in _NOT_LEARNING and v not in (None, {}, False))
-        for name, values in configs.items()
+        name: ", ".join(f"{n}={_named(v)}" for n, v in sorted(vars(config).items()) if _shapes_learning(n, v))
+        for configs in found.values()
+        for name, config in configs.items()
     }
     return "; ".join(f"{name}: {values}" for name, values in named.items())
+
+
+def _shapes_learning(name: str, value: Any) -> bool:
+    return name not in _NOT_LEARNING and value not in (None, {}, False)
 
 
 def optimizer_identity(optimizer: Optimizer) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..runtime.model_wrapper import ModelWrapper
 from ..runtime.optimizers import evaluation_weights, switches_weights
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.state_guards import Generators, seed_all
@@ -125,7 +126,8 @@ class TrainState:
     def _whole_snapshot(self, metadata: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> Snapshot:
         host = functools.partial(on_host, copy=copy)
         steps = host(self._steps(None))
-        config: Any = getattr(self._model, "config", None)
+        # The names of a wrapper's weights are not those of its model, so `from_pretrained` could not read them.
+        config: Any = None if isinstance(self._model, ModelWrapper) else getattr(self._model, "config", None)
         with evaluation_weights(self._optimizer):
             weights = on_host(self._tensors.weights, copy=copy or switches_weights(self._optimizer))
         tensors = WholeTensors(

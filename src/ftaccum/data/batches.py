@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..objective.item_counts import TOKEN_COLUMNS, Batch
 from ..objective.model_forward import is_label
+from ..objective.prefixed import length_columns
 from .column_fills import OF_DECODER, ColumnFills, is_along, values_at_padding
 
 
@@ -127,6 +128,30 @@ def padded(batch: Batch, width: int, fills: ColumnFills) -> Batch:
         return _pad(value, ids.ndim - 1, width, fill)
 
     return {name: wide(name, value) if of_tokens(name, value) else value for name, value in batch.items()}
+
+
+def token_counts(batch: Batch) -> tuple[int, int]:
+    """Return the number of token positions without and with padding, over all texts of a row; 0 without token ids."""
+    tokens = 0
+    for ids, mask in _texts_of(batch):
+        has_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
+        tokens += int(mask.sum()) if has_mask else ids.numel()
+    return tokens, token_positions(batch)
+
+
+def token_positions(batch: Batch) -> int:
+    """Return the number of token positions, padding included, over all texts of a row; 0 without token ids."""
+    return sum(ids.numel() for ids, _ in _texts_of(batch))
+
+
+def _texts_of(batch: Batch) -> list[tuple[Tensor, Any]]:
+    """Return the token ids of each text of a row, with the attention mask that has the same prefix."""
+    columns = {str(name): value for name, value in batch.items()} if isinstance(batch, Mapping) else {}
+    return [
+        (columns[name], columns.get(name.removesuffix("input_ids") + "attention_mask"))
+        for name in length_columns(columns)
+        if isinstance(columns[name], Tensor)
+    ]
 
 
 def hides_padding(batches: Sequence[Batch]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objective.item_counts import TOKEN_COLUMNS
 from ..objective.model_forward import is_label
-from ..objective.prefixed import ids_of
+from ..objective.prefixed import ids_of, mask_of
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 
@@ -53,6 +53,10 @@ class ColumnRules:
         A plain module may have another name for its ids. Positions identify packed rows, also for models without them.
         """
         return (self.accepted or frozenset()) | {"input_ids", "labels", "position_ids"}
+
+    def accepts(self, name: str) -> bool:
+        """Return whether the model or a `loss_fn` takes a column of this name."""
+        return self.accepted is None or self.keep_all or name in self.accepted
 
     def takes(self, name: str, value: Any) -> bool:
         """Return whether a batch takes a column of this name, given a row's value."""
@@ -107,25 +111,30 @@ class Columns:
         shapes = {name: [tuple(t.shape) for t in column] for name, column in tensors.items()}
         integers = {name for name, column in tensors.items() if not column[0].is_floating_point()}
         base = _token_base(shapes, integers)
+        with_ids = base is not None and base[0] in ("input_ids", ids_of(base[0]))
         counts = {Along.TOKENS: _counts(shapes, base)}
         sizes: dict[str, tuple[Size, ...]] = {}
         for name in sorted(shapes, key=lambda name: name != "labels"):  # decoder inputs run along labels
-            if ids_of(name) in shapes and len(shapes[name][0]) == 1:
-                sizes[name] = (Along.NOTHING,)
+            ids = ids_of(name)
+            if ids in shapes and len(shapes[name][0]) == 1:
+                sizes[name] = (Along.TOKENS if base is not None and base[0] == ids else Along.NOTHING,)
                 continue
-            free = rules.may_pad_freely(
-                name, floats=name not in integers, n_dims=len(shapes[name][0]), with_ids="input_ids" in shapes
-            )
+            floats, n_dims = name not in integers, len(shapes[name][0])
+            free = rules.may_pad_freely(name, floats=floats, n_dims=n_dims, with_ids=with_ids)
             sizes[name] = _sizes(name, shapes[name], counts, free=free, integers=name in integers)
             if name == "labels" and sizes[name] == (Along.NOTHING,):
                 counts[Along.TARGETS] = [shape[0] if shape else 0 for shape in shapes[name]]
         return cls(rules, keys, {name: sizes[name] for name in keys}, base)
 
     @property
-    def mask_sizes(self) -> tuple[Size, ...]:
-        """The required sizes of the dimensions of a mask over the tokens."""
-        ids = self.sizes.get("input_ids")
-        return (Along.TOKENS,) if ids is None else ids
+    def mask_sizes(self) -> dict[str, tuple[Size, ...]]:
+        """The required sizes of the dimensions of each mask over tokens that rows may leave out, by its name."""
+        of_texts = {
+            mask: self.sizes[ids]
+            for ids in self.sizes
+            if ids_of(ids) == ids and len(self.sizes[ids]) == 1 and self.rules.accepts(mask := mask_of(ids))
+        }
+        return {"attention_mask": self.sizes.get("input_ids", (Along.TOKENS,))} | of_texts
 
     def without(self, name: str) -> "Columns":
         """Return the columns except one."""
@@ -234,9 +243,10 @@ def _first_value(rows: Sequence[Row], key: str) -> Any:
 def _token_base(shapes: Mapping[str, Sequence[Shape]], integers: set[str]) -> tuple[str, int] | None:
     known = [(name, dim) for name, dim in _TOKEN_BASES if name in shapes and shapes[name][0]]
     # A plain module may give its token ids any name. Those of several texts have no common length.
+    texts = [(name, 0) for name in shapes if ids_of(name) == name and len(shapes[name][0]) == 1]
     others = [name for name in shapes if not is_label(name) and ids_of(name) not in shapes]
     named = [(name, 0) for name in others if name in integers and len(shapes[name][0]) == 1]
-    return next(iter([*known, *named]), None)
+    return next(iter([*known, *(texts if len(texts) == 1 else ()), *named]), None)
 
 
 def _counts(shapes: Mapping[str, Sequence[Shape]], base: tuple[str, int] | None) -> list[int] | None:

@@ -20,7 +20,7 @@ from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings.recipe import Recipe
 from .encode_table import Encode, encode_table
 from .forms import ChangedRows
-from .row import Row, as_row, check_row, is_row, length_of
+from .row import Row, as_row, check_row, is_row, length_of, tokens_of
 from .table import make_table
 
 # Takes rows and the position of the first one, and returns rows. May raise a DataError that names a row.
@@ -293,7 +293,7 @@ class Rows:
         return row
 
 
-def mean_length(rows: Rows) -> float:
-    """Return the mean length in tokens of up to 1,000 rows, spread evenly over all."""
+def mean_tokens(rows: Rows) -> float:
+    """Return the mean number of tokens of up to 1,000 rows, spread evenly over all."""
     n = min(_LENGTH_SAMPLE, len(rows))
-    return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n
+    return sum(map(tokens_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n

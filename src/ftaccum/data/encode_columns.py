@@ -1,18 +1,19 @@
 """Tokenise several columns of texts, each into columns of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 
 from ..runtime.library_output import library_bars
+from .convert import as_rows
+from .text_columns import check_column
 from .text_encoder import preserve_truncation
-from .tokenize import token_limit
+from .tokenize import refuse_other_than_text, token_limit
 
 
 def tokenize_columns(
-    rows: Dataset,
+    rows: Any,
     tokenizer: Any,
     columns: Mapping[str, str],
     *,
@@ -28,7 +29,7 @@ def tokenize_columns(
         rows.column_names  # chosen_input_ids, chosen_attention_mask, rejected_input_ids, rejected_attention_mask, …
 
     Args:
-        rows: rows with columns of texts.
+        rows: rows with columns of texts: a `datasets.Dataset`, a list of dicts, a DataFrame or a dict of columns.
         tokenizer: the tokenizer.
         columns: for each prefix, the column of texts.
         model: the model; its `config` may limit the number of tokens.
@@ -40,17 +41,23 @@ def tokenize_columns(
         The rows with the tokenizer's columns in place of the texts. Other columns stay.
 
     Raises:
+        DataError: if a column is missing, or a row has no text in it. It names the row.
         SettingsError: if `max_length` is more than the tokenizer and the model accept.
     """
-    limit = token_limit(tokenizer, getattr(model, "config", None), model or nn.Module(), max_length)
+    table = as_rows(rows, "rows").table
+    texts = sorted(set(columns.values()))
+    for column in texts:
+        check_column(table, "rows", column, option="columns")
+    limit = token_limit(tokenizer, getattr(model, "config", None), model, max_length)
 
-    def encoded(table: Mapping[str, list[str]]) -> dict[str, Any]:
+    def encoded(table: Mapping[str, list[Any]], positions: Sequence[int]) -> dict[str, Any]:
+        for column in texts:
+            refuse_other_than_text(column, table[column], [f"In `rows`, row {position}" for position in positions])
         found = {
             prefix: tokenizer(table[column], truncation=limit is not None, max_length=limit, **options)
             for prefix, column in columns.items()
         }
         return {f"{prefix}_{name}": values for prefix, tokens in found.items() for name, values in tokens.items()}
 
-    texts = sorted(set(columns.values()))
     with preserve_truncation(tokenizer), library_bars(shown=False):
-        return rows.map(encoded, batched=True, remove_columns=texts, load_from_cache_file=False)
+        return table.map(encoded, batched=True, with_indices=True, remove_columns=texts, load_from_cache_file=False)

@@ -1,7 +1,7 @@
 """Load a process's share of each window, as collated micro-batches with counted loss items."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from ..objective.normalizer import Counts
 from ..objective.objective import Objective
 from ..planning.micro_batches import MicroBatchPlanner, MicroBatchRows, RowIndices
 from ..runtime.log import logger
-from .batches import can_be_taken_apart, take, trimmed
+from .batches import can_be_taken_apart, take, token_counts, trimmed
 from .collator import RowCollator
 from .dataset import Rows
 from .value_ranges import ValueRanges
@@ -51,7 +51,8 @@ class MicroBatch:
         terms: the terms that `batch` has items of. A dummy replaces a micro-batch without any: its `batch` is a real
             row, but its `counts` are 0.
         slice: the rows of the micro-batch, also if a dummy replaces it.
-        tokens, positions: the token positions of these rows, without and with padding; 0 if there are no tokens.
+        tokens, positions: the token positions of all texts of these rows, without and with padding; 0 if there are no
+            tokens.
         names: how messages name the rows.
     """
 
@@ -241,7 +242,7 @@ class Loader:
                 "Check their labels, or `count_items`."
             ) from error
         names = f"{self._rows.names_of(piece.rows)} of `{self._rows.argument}`"
-        return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch), names)
+        return MicroBatch(batch, counts, _counted(counts), piece, *token_counts(batch), names)
 
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
         """Return the two halves of a micro-batch, at its width."""
@@ -288,12 +289,3 @@ _Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, a
 
 def _counted(counts: Counts) -> tuple[str, ...]:
     return tuple(term for term, n in counts.items() if n)
-
-
-def _sizes(batch: Batch) -> tuple[int, int]:
-    """Return the number of token positions without and with padding."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor):
-        return 0, 0
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel(), ids.numel()

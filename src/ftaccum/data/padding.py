@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..objective.item_counts import IGNORE_INDEX, Batch
 from ..objective.model_forward import is_label
+from ..objective.prefixed import ids_of, mask_of
 from .columns import Along, ColumnRules, Columns
 from .documents import Documents
 from .row import Row
@@ -23,7 +24,8 @@ class PaddingCollator:
 
     It pads token ids with `pad_token_id`, labels with `ignore_index`, additive masks with the lowest number, and
     everything else with 0. It adds an attention mask if there is none, unless rows are packed: the model then takes
-    the documents from `position_ids`.
+    the documents from `position_ids`. Columns of token ids with a prefix, such as `chosen_input_ids`, get a mask each
+    if the model takes it.
 
     Attributes:
         columns: the columns of a batch; None to derive them from each batch.
@@ -71,8 +73,12 @@ class PaddingCollator:
         elif "attention_mask" not in tensors and columns.token_base in _NEED_MASK:
             name = columns.token_base[0]
             tensors["attention_mask"] = [_ones(t if name == "input_ids" else t[:, 0]) for t in tensors[name]]
+        masks = columns.mask_sizes
+        for name in [name for name in tensors if ids_of(name) == name]:
+            if (mask := mask_of(name)) in masks and mask not in tensors:
+                tensors[mask] = [_ones(ids) for ids in tensors[name]]
         left = self.left and not packed  # padding's positions must not continue into a document's
-        sizes = {"attention_mask": columns.mask_sizes} | columns.sizes
+        sizes = masks | columns.sizes
         return {name: self._padded(name, column, sizes[name], left=left) for name, column in tensors.items()}
 
     def width(self, length: int) -> int:

@@ -37,10 +37,18 @@ def length_of(row: Row) -> int:
 
     If a row has several texts, such as `chosen_input_ids` and `rejected_input_ids`, it is that of the longest.
     """
+    return max(_lengths(row))
+
+
+def tokens_of(row: Row) -> int:
+    """Return the number of tokens of all texts of a row. For a row with one text, it is `length_of`."""
+    return sum(_lengths(row))
+
+
+def _lengths(row: Row) -> list[int]:
     if isinstance(row, tuple):
-        return _size(row[0])
-    columns = [row[name] for name in length_columns(row)] or [next(iter(row.values()), 0)]
-    return max(map(_size, columns))
+        return [_size(row[0])]
+    return [_size(row[name]) for name in length_columns(row)] or [_size(next(iter(row.values()), 0))]
 
 
 def _size(value: Any) -> int:

@@ -123,12 +123,18 @@ def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
     return f"Name the one to train on, such as `text_columns={longest!r}`{or_two}."
 
 
-def check_column(table: Dataset, argument: str, name: str, label: str | None = None) -> None:
-    """Raise DataError if a column cannot be read as text, or is that of the labels."""
+def check_column(
+    table: Dataset, argument: str, name: str, label: str | None = None, option: str = "text_columns"
+) -> None:
+    """Raise DataError if a column cannot be read as text, or is that of the labels.
+
+    Args:
+        option: the option that names the column, for messages.
+    """
     if name not in table.column_names:
         raise DataError(
             f"`{argument}` has no column {name!r} to read texts from, only {_listed(table.column_names)}. Name one of "
-            "these with `text_columns`."
+            f"these with `{option}`."
         )
     if name == label:
         raise DataError(f"`text_columns` names {name!r}, which is the column of the labels. Name the column of texts.")

@@ -83,7 +83,7 @@ class _RowEncoder:
         names = [f"In `{self.argument}`, row {number}" for number in numbers]
         texts = [table[name] for name in self.texts]
         for name, values in zip(self.texts, texts, strict=True):
-            _refuse_other_than_text(name, values, names)
+            refuse_other_than_text(name, values, names)
         encoded = _encode(self.encoder, texts, names)
         encoded[_BLANK] = [not all(text.strip() for text in row) for row in zip(*texts, strict=True)]
         if self.next_token:
@@ -120,7 +120,7 @@ class _Report:
             warn_user(f"In `{self._rows.argument}`, {which} {self._sentences.pop(kind)}", TextWarning)
 
 
-def _refuse_other_than_text(column: str, values: Sequence[Any], names: Sequence[str]) -> None:
+def refuse_other_than_text(column: str, values: Sequence[Any], names: Sequence[str]) -> None:
     """Raise DataError for a value that is not a string. A tokenizer takes a list for a pair, or for words."""
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
@@ -147,10 +147,10 @@ def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[st
         raise DataError(f"{names[0]} and later ones cannot be tokenised together: {error!r}. Tokenise them.") from error
 
 
-def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
+def most_tokens(tokenizer: Any, config: Any, model: nn.Module | None) -> int | None:
     """Return the most tokens that the tokenizer and the model accept in a row; None if neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
-    for module in model.modules():
+    for module in () if model is None else model.modules():
         # Models like RoBERTa count positions from the one after `padding_idx`.
         if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None:
             positions -= module.padding_idx + 1
@@ -159,7 +159,7 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
     return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # XLNet has -1 for no limit
 
 
-def token_limit(tokenizer: Any, config: Any, model: nn.Module, max_length: int | None) -> int | None:
+def token_limit(tokenizer: Any, config: Any, model: nn.Module | None, max_length: int | None) -> int | None:
     """Return the most tokens of a row: `max_length`, or what the tokenizer and the model accept if that is less.
 
     Raises:

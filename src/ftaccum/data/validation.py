@@ -8,6 +8,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..objective.item_counts import Batch
 from ..objective.model_forward import is_label
+from ..objective.prefixed import length_columns
+from .batches import token_positions
 from .collator import RowCollator
 from .dataset import Rows
 from .probe_rows import sample_positions
@@ -28,15 +30,21 @@ def check_lengths(rows: Rows, max_tokens: int | None, row_collator: RowCollator)
             f"`max_tokens` needs the lengths of the rows, but those of `{rows.argument}` are unknown until they are "
             "computed. Give a `datasets.Dataset` with `input_ids`, or a list; or give `batch_size` instead."
         )
-    if max_tokens is not None:
-        _check_longest(rows, lengths, max_tokens)
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     batch = row_collator.seeded(rows, [shortest], 0)
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if isinstance(ids, Tensor) and ids.numel() > row_collator.width(lengths[shortest]):
+    texts = length_columns(map(str, batch)) if isinstance(batch, Mapping) else []
+    if len(texts) > 1:
+        raise DataError(
+            f"`max_tokens` limits the tokens of one text in each row, but `{rows.argument}` has several "
+            f"({', '.join(texts)}), each padded to its own longest row. Omit `max_tokens`: `batch_size` then limits "
+            "the rows."
+        )
+    if max_tokens is not None:
+        _check_longest(rows, lengths, max_tokens)
+    if (n_tokens := token_positions(batch)) > row_collator.width(lengths[shortest]):
         raise DataError(
             "`max_tokens` requires rows that are padded to the longest of their micro-batch, but `data_collator` "
-            f"returns {ids.numel()} tokens for {rows.name_of(shortest)} of `{rows.argument}` alone, which has "
+            f"returns {n_tokens} tokens for {rows.name_of(shortest)} of `{rows.argument}` alone, which has "
             f"{lengths[shortest]} tokens. Make it pad to the longest, or give `batch_size` instead."
         )
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import cast_tensors, preserve_gradients
 from .item_counts import Batch
 
@@ -106,6 +107,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _last_weight(model: Any) -> Tensor | None:
+    model = model_to_save(model)  # after which a wrapper may have a teacher
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):

@@ -21,6 +21,11 @@ def ids_of(name: str) -> str | None:
     return None if ending is None or name.startswith("decoder_") else name.removesuffix(ending) + _IDS
 
 
+def mask_of(ids: str) -> str:
+    """Return the name of the attention mask over token ids, which has the same prefix."""
+    return ids.removesuffix("input_ids") + "attention_mask"
+
+
 def length_columns(names: Iterable[str]) -> list[str]:
     """Return the names of the columns of token ids: `input_ids`, or else all with a prefix."""
     known = list(names)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import has_hooks
+from ..runtime.model_wrapper import ModelWrapper, configs_in
 from .item_counts import Batch
 from .prefixed import is_tokens_column
 from .sample import Sample
@@ -71,17 +72,21 @@ def _ftaccum() -> str:
 def _of_model(model: nn.Module) -> list[Any]:
     if has_hooks(model):
         raise _UnknownError
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    described = _of(config) if to_dict is None else json.dumps(to_dict(), sort_keys=True, default=str)
+    described = [_of_config(config) for config in configs_in(model)]
     tensors = [
         (name, tuple(t.shape), str(t.dtype), t.device.type, t.requires_grad)
         for name, t in (*model.named_parameters(), *model.named_buffers())
     ]
-    loss = getattr(model, "loss_function", None)  # of Transformers' models, looked up in a table
+    models = [model, *(model.children() if isinstance(model, ModelWrapper) else ())]
+    losses = [_of(getattr(each, "loss_function", None)) for each in models]  # of Transformers', looked up in a table
     attributes = [(name, sorted(_plain_attributes(module))) for name, module in model.named_modules()]
     held = [(name, _of(b)) for name, b in model.named_buffers() if b.numel() <= _SMALL]
-    return [described, tensors, held, _of(loss), attributes, [_of_class(kind) for kind in _classes(model)]]
+    return [described, tensors, held, losses, attributes, [_of_class(kind) for kind in _classes(model)]]
+
+
+def _of_config(config: Any) -> Any:
+    to_dict = getattr(config, "to_dict", None)
+    return _of(config) if to_dict is None else json.dumps(to_dict(), sort_keys=True, default=str)
 
 
 def _classes(model: nn.Module) -> list[type]:

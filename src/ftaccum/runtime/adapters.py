@@ -69,9 +69,9 @@ class ModuleTree:
     """The submodules of a model, and which of its parameters are trained, as they were before adapters were added."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._children = [(module, dict(module._modules)) for module in model.modules()]
         self._trained = [(p, p.requires_grad) for p in model.parameters()]
+        self._without_adapters = [module for module in model.modules() if "peft_config" not in vars(module)]
 
     def restore(self) -> None:
         """Take the adapters out of the model. No weight is changed."""
@@ -80,7 +80,8 @@ class ModuleTree:
             module._modules.update(children)
         for p, requires_grad in self._trained:
             p.requires_grad_(requires_grad)
-        vars(self._model).pop("peft_config", None)
+        for module in self._without_adapters:
+            vars(module).pop("peft_config", None)
 
 
 def merged_copy(model: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from accelerate.utils import has_compiled_regions
 from torch import nn
 
 from ..errors import SettingsError
-from .model_wrapper import inner_model
+from .model_wrapper import configs_in, model_to_save
 from .state_guards import training_mode
 
 
@@ -92,13 +92,13 @@ def computes_in_16_bits(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
+def _without_cache(model: nn.Module) -> Iterator[None]:
     """Turn off the cache of keys and values, which only generation needs.
 
     In training it takes memory, and a Transformers model that uses it does not detect packed rows.
     """
-    whole: Any = getattr(model, "config", None)
-    configs = {id(c): c for c in (whole, getattr(whole, "get_text_config", lambda: whole)())}.values()
+    text_config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+    configs = {id(config): config for config in (text_config, *configs_in(model))}.values()
     caches = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None) is not None]
     for config, _ in caches:
         config.use_cache = False
@@ -112,7 +112,7 @@ def _without_cache(model: Any) -> Iterator[None]:
 @contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """Enable gradient checkpointing until exit, if wanted."""
-    model = inner_model(model)
+    model = model_to_save(model)
     if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return

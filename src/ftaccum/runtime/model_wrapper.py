@@ -1,4 +1,4 @@
-"""A module around a model, for losses of the user's own."""
+"""A module that computes a loss with a model, and the model inside of it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class ModelWrapper(nn.Module):
-    """A module that computes a loss with a model of Transformers, which alone is saved.
+    """A module that computes a loss with a model. Only the model is saved when the run has finished.
 
     Subclasses define `forward`, which may run the model several times, or with further modules:
 
@@ -20,30 +20,40 @@ class ModelWrapper(nn.Module):
                 return {"loss": loss, "logits": logits}
 
     ftaccum saves `model` as it would without the wrapper, also a PEFT model, so that `from_pretrained` loads it.
-    `gradient_checkpointing` concerns `model`. Frozen modules besides it are neither trained nor saved with it.
+    `gradient_checkpointing` and `lora` concern `model`. Frozen modules besides it are not trained.
+
+    Checkpoints leave out the frozen weights of a PEFT model, as without the wrapper. They contain all other weights,
+    those of frozen modules too, because `forward` or a callback may change these. So the checkpoints of a distillation
+    take as much more space as its teacher, and a resumed run continues with the teacher of its checkpoint.
 
     Attributes:
         model: the model.
-        config: its configuration.
+        config: its configuration; None if it has none.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config = model, getattr(model, "config", None)
 
     def get_input_embeddings(self) -> Any:
         """Return the model's input embeddings."""
         return self.model.get_input_embeddings()
 
 
-def inner_model(model: Any) -> Any:
+def model_to_save(model: Any) -> Any:
     """Return the model in a `ModelWrapper`; any other model itself."""
-    return inner_model(model.model) if isinstance(model, ModelWrapper) else model
+    return model_to_save(model.model) if isinstance(model, ModelWrapper) else model
 
 
-def with_inner_model(model: Any, inner: Any) -> Any:
-    """Return a `ModelWrapper` with another model inside; in place of any other model, `inner` itself."""
+def with_model_to_save(model: Any, other: Any) -> Any:
+    """Return a `ModelWrapper` with another model inside; in place of any other model, `other` itself."""
     if not isinstance(model, ModelWrapper):
-        return inner
-    model.model = with_inner_model(model.model, inner)
+        return other
+    model.model = with_model_to_save(model.model, other)
     return model
+
+
+def configs_in(model: nn.Module) -> list[Any]:
+    """Return the different configurations of a model and of its modules, such as a teacher in a `ModelWrapper`."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return [*{id(config): config for config in found if config is not None}.values()]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .model_wrapper import configs_in
 from .module_attributes import preserve_attributes
 
 _CHUNK = 2**17  # 8-byte words that a fingerprint sums at a time
@@ -268,16 +269,16 @@ def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_problem_type(model: Any) -> Iterator[None]:
+def preserve_problem_type(model: nn.Module) -> Iterator[None]:
     """Restore `config.problem_type` on exit.
 
     Transformers' heads infer it from the labels of their first forward pass. Labels that ftaccum rejects must not
     decide it for the corrected ones.
     """
-    config = getattr(model, "config", None)
-    before = getattr(config, "problem_type", None)
+    before = [(config, getattr(config, "problem_type", None)) for config in configs_in(model)]
     try:
         yield
     finally:
-        if config is not None and getattr(config, "problem_type", None) != before:
-            config.problem_type = before
+        for config, kind in before:
+            if getattr(config, "problem_type", None) != kind:
+                config.problem_type = kind

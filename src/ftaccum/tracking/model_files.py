@@ -14,7 +14,7 @@ from ..insight.run_metadata import RunMetadata
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
-from ..runtime.model_wrapper import inner_model
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.process_group import lasting_process_group
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.sharding.whole_weights import whole_weights
@@ -43,7 +43,7 @@ def save_model(
     Raises:
         ValueError: if a merged weight is not finite.
     """
-    inner = inner_model(model)
+    inner = model_to_save(model)
     saved: Any = merged_copy(inner) if merges else inner
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):

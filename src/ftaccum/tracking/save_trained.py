@@ -33,10 +33,10 @@ def save_trained(result: "Result", trained: TrainedModel | None, path: Path, *, 
                 f"`test_fine_tuning` returns has it, not one that was loaded, copied or unpickled.{saved}"
             ]
         )
-    from ..runtime.model_wrapper import inner_model  # these import torch
+    from ..runtime.model_wrapper import model_to_save  # these import torch
     from .model_files import save_on_main
 
-    if merge and not hasattr(inner_model(trained.model), "merge_and_unload"):
+    if merge and not hasattr(model_to_save(trained.model), "merge_and_unload"):
         raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
     metadata = trained.metadata
     local = None if metadata is None else replace(metadata, repository=None)  # it is not known to be uploaded there

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.adapters import fully_trained_modules, is_peft_model
-from ..runtime.model_wrapper import inner_model
+from ..runtime.model_wrapper import model_to_save
 
 _NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
@@ -37,7 +37,7 @@ class AdapterSummary:
 
 def summarize_adapters(model: Any) -> AdapterSummary | None:
     """Return the adapters of a PEFT model; None for another model."""
-    model = inner_model(model)
+    model = model_to_save(model)
     if not is_peft_model(model):
         return None
     configuration = next(iter(model.peft_config.values()))

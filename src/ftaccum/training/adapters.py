@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import SettingsError, refuse, shown
 from ..runtime.adapters import ModuleTree, has_adapters, is_peft_model, new_modules
-from ..runtime.model_wrapper import inner_model, with_inner_model
+from ..runtime.model_wrapper import model_to_save, with_model_to_save
 from ..runtime.state_guards import preserve_rng, seed_all
 
 DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -70,13 +70,13 @@ def fault_of_peft(needed_by: str = "`lora`") -> str | None:
 def faults_of_adapters(model: Any, lora: Any, save: str) -> list[str]:
     """Return a sentence for each fault of `lora` and `save` for this model."""
     faults = faults_of_lora(lora)
-    adds = lora is not None and lora is not False
-    if adds and has_adapters(model):
+    adds, inner = lora is not None and lora is not False, model_to_save(model)
+    if adds and has_adapters(inner):
         faults.append(
             "`lora` is given, but `model` has adapters already. Leave `lora` out to train those of a PEFT model, or "
             "load the base model again."
         )
-    if fault := fault_of_save(save, has_adapters=adds or is_peft_model(inner_model(model))):
+    if fault := fault_of_save(save, has_adapters=adds or is_peft_model(inner)):
         faults.append(fault)
     bits = quantised_bits(model)
     if bits and save != "adapter":
@@ -84,7 +84,7 @@ def faults_of_adapters(model: Any, lora: Any, save: str) -> list[str]:
             f"`save` is {save!r}, but the model has weights of {bits} bits, and merging would round the adapters to "
             "them. Leave `save` out; `ftaccum merge` merges the saved adapter into the base model as it was saved."
         )
-    if bits and not (adds or has_adapters(model)):
+    if bits and not (adds or has_adapters(inner)):
         faults.append(
             f"`model` has weights of {bits} bits, which cannot be trained. Train adapters with `lora=True`, or load "
             "the model without `load_in_4bit` and `load_in_8bit`."
@@ -104,7 +104,7 @@ def fault_of_save(save: str, *, has_adapters: bool) -> str | None:
 
 def quantised_bits(model: Any) -> int | None:
     """Return the bits of the weights of a model that bitsandbytes has quantised; None for other models."""
-    widths = {"is_loaded_in_4bit": 4, "is_loaded_in_8bit": 8}
+    widths, model = {"is_loaded_in_4bit": 4, "is_loaded_in_8bit": 8}, model_to_save(model)
     return next((bits for name, bits in widths.items() if getattr(model, name, False)), None)
 
 
@@ -128,9 +128,9 @@ def added_adapters(model: Any, lora: Any, seed: int, keeps: Callable[[], bool]) 
     if lora is None or lora is False:
         yield model
         return
-    before, inner = ModuleTree(model), inner_model(model)
+    before, inner = ModuleTree(model), model_to_save(model)
     try:
-        yield with_inner_model(model, _with_adapters(inner, _configuration(lora, inner), seed))
+        yield with_model_to_save(model, _with_adapters(inner, _configuration(lora, inner), seed))
     finally:
         if not keeps():
             before.restore()

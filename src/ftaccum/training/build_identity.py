@@ -23,7 +23,7 @@ from ..data.iterable import is_stream
 from ..planning.batch_size import BatchSizes
 from ..planning.halves import MeasuredWindows
 from ..runtime.accelerator import device_name
-from ..runtime.adapters import is_peft_model
+from ..runtime.adapters import has_adapters
 from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
@@ -82,7 +82,7 @@ def build_identity(
 
 def software_versions(model: nn.Module) -> dict[str, str]:
     """Return the versions of Python and of the packages that a run uses, by name."""
-    packages = ["datasets", *(["peft"] if is_peft_model(model) else [])]
+    packages = ["datasets", *(["peft"] if has_adapters(model) else [])]
     return package_versions() | {name: version(name) for name in packages} | {"python": platform.python_version()}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
-from ..data.dataset import mean_length
+from ..data.dataset import mean_tokens
 from ..errors import DataError, LossScaleWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..objective.warn_inexact import warn_if_inexact
@@ -47,7 +47,7 @@ def build_batch_sizes(
         sharded: returns the strategy that has sharded the model; None if it is whole.
     """
     recipe, size, processes = config.recipe, config.runtime.batch_size, accelerator.num_processes
-    length = mean_length(data.train_rows) if recipe.tokens_per_update else None
+    length = mean_tokens(data.train_rows) if recipe.tokens_per_update else None
     if not isinstance(size, int):
         rows = batch_sizes_of(recipe, 1, processes, length).effective_batch_size
         size = known or largest_batch(

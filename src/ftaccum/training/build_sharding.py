@@ -7,6 +7,7 @@ from torch.optim import Optimizer, SparseAdam
 
 from ..errors import refuse
 from ..runtime.adapters import has_adapters
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.optimizers import inner_optimizers
 from ..runtime.sharding.options import ShardingOptions
 from ..runtime.sharding.tensors import has_hooks
@@ -49,16 +50,17 @@ def describe_sharding(options: ShardingOptions | None, order: CallOrder | None) 
     return [f"Sharding: FSDP2; {len(order.names)} blocks are gathered one at a time; gradients are synced in {passes}"]
 
 
-def _faults_of_model(model: Any) -> list[str]:
+def _faults_of_model(model: nn.Module) -> list[str]:
     faults = []
     bits = quantised_bits(model)
-    if bits or getattr(model, "is_quantized", False):
+    if bits or any(getattr(module, "is_quantized", False) for module in model.modules()):
         kind = f"of {bits} bits" if bits else "that are quantised"
         faults.append(
             f"`model` has weights {kind}, which FSDP2 cannot shard. Load it in 16 bits (`dtype='bfloat16'`), or "
             f"{WHOLE}."
         )
-    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    maps = [getattr(module, "hf_device_map", None) or {} for module in model.modules()]
+    devices = sorted({str(device) for each in maps for device in each.values()})
     if len(devices) > 1:
         faults.append(
             f"`model` is spread over the devices {', '.join(devices)} by `device_map`, but each process must shard the "
@@ -86,7 +88,7 @@ def _faults_of_model(model: Any) -> list[str]:
 
 def _faults_of_save(components: Components, save: str) -> list[str]:
     adds = components.lora is not None and components.lora is not False
-    if save == "adapter" or not (adds or has_adapters(components.model)):
+    if save == "adapter" or not (adds or has_adapters(model_to_save(components.model))):
         return []
     return [
         f"`save` is {save!r}, but the adapters of a sharded model cannot be merged. Leave `save` out, and run `ftaccum "

@@ -16,6 +16,7 @@ from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
 from ..objective.own_cross_entropy import own_cross_entropy
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import inspection_mode
 from ..settings.recipe import Recipe
 from .config import Components
@@ -91,7 +92,7 @@ def _unfit_labels(model: Any, batch: Batch) -> str | None:
 
 def _predicts_tokens(model: Any) -> bool:
     try:
-        return model.get_output_embeddings() is not None
+        return model_to_save(model).get_output_embeddings() is not None
     except (AttributeError, NotImplementedError):
         return False
 

@@ -17,6 +17,7 @@ from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
 from ..objective.window_loss import LossInputs
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.launcher import loads_on_one_process
 from ..runtime.sharding.tensors import has_sharded_tensors
 from ..settings.recipe import Recipe
@@ -62,17 +63,16 @@ class Components:
     @property
     def is_causal_lm(self) -> bool:
         """Whether the model predicts each token of a row from the tokens before it."""
-        generates = getattr(self.model, "can_generate", lambda: False)()
-        return generates and not getattr(self.configuration, "is_encoder_decoder", False)
+        return _is_causal_lm(self.model, self.configuration)
 
     @property
     def padding_side(self) -> str:
         """The side that rows are padded on.
 
-        Rows of a causal LM are padded on the right, even if its tokenizer pads on the left for generation: with padding
-        on the left, the model would predict a row's first token from padding.
+        Rows of a causal LM, also of one in a `ModelWrapper`, are padded on the right, even if its tokenizer pads on the
+        left for generation: with padding on the left, the model would predict a row's first token from padding.
         """
-        if self.is_causal_lm and self.data_collator is None:
+        if _is_causal_lm(model_to_save(self.model), self.configuration) and self.data_collator is None:
             return "right"
         return getattr(self.tokenizer, "padding_side", "right")
 
@@ -203,6 +203,11 @@ def _faults_of_own_loss(components: Components, recipe: Recipe) -> list[str]:
         for reason, holds in contradict.items()
         if value and holds
     ]
+
+
+def _is_causal_lm(model: Any, config: Any) -> bool:
+    generates = getattr(model, "can_generate", lambda: False)()
+    return generates and not getattr(config, "is_encoder_decoder", False)
 
 
 def _faults_of_generation(components: Components) -> list[str]:

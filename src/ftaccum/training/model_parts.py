@@ -5,21 +5,25 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from ..runtime.model_wrapper import model_to_save
+
 
 def head_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of the head: those outside the base model that `base_model_prefix` names.
 
-    The set is empty if the model declares no base model, is one itself, or has a head that is tied to it.
+    The set is empty if the model declares no base model, is one itself, or has a head that is tied to it. A
+    `ModelWrapper` has the base model of the model inside.
     """
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    if not isinstance(base, nn.Module) or base is model:
+    inner = model_to_save(model)
+    base = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    if not isinstance(base, nn.Module) or base is inner:
         return set()
     return set(model.parameters()) - set(base.parameters())
 
 
 def embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of all embeddings, and those of the layer that computes the logits of a language model."""
-    find_output: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    find_output: Callable[[], nn.Module | None] = getattr(model_to_save(model), "get_output_embeddings", lambda: None)
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return {p for module in (*modules, find_output()) if module is not None for p in module.parameters()}
 
@@ -34,7 +38,8 @@ def layer_depths(model: nn.Module) -> dict[nn.Parameter, tuple[int, str]]:
         For n layers: 1 for the top layer to n for the lowest one, n + 1 for embeddings and other parameters below the
         layers, and 0 for the rest, such as the head. Empty if the model has no list of layers.
     """
-    stacks = _stacks(model)
+    inner = model_to_save(model)  # the layers of a teacher count for nothing
+    stacks = _stacks(inner)
     if not stacks:
         return {}
     n_layers = len(next(iter(stacks.values())))
@@ -43,7 +48,7 @@ def layer_depths(model: nn.Module) -> dict[nn.Parameter, tuple[int, str]]:
         for index, layer in enumerate(stack):
             for p in layer.parameters():
                 depths.setdefault(p, (n_layers - index, "layers"))
-    below = (embedding_parameters(model) | _registered_before(model, stacks)) - head_parameters(model)
+    below = (embedding_parameters(model) | _registered_before(inner, stacks)) - head_parameters(model)
     outside = {p: (n_layers + 1, "embeddings") if p in below else (0, "above the layers") for p in model.parameters()}
     return outside | depths
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import DataError
 from ..insight.run_metadata import Named, named_model, public_name
 from ..runtime.adapters import is_peft_model
-from ..runtime.model_wrapper import inner_model
+from ..runtime.model_wrapper import model_to_save
 from ..tasks.reading.sources import find_source
 from .config import RunConfig
 
@@ -54,7 +54,7 @@ def _sources(config: RunConfig) -> Mapping[str, Any]:
 
 def _loaded_from(model: Any) -> str | None:
     """Return the name or the folder that a model was loaded from; None if it was not loaded."""
-    model = inner_model(model)
+    model = model_to_save(model)
     if is_peft_model(model):
         return getattr(next(iter(model.peft_config.values())), "base_model_name_or_path", None)
     return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..objective.item_counts import tensors_of
+from ..runtime.model_wrapper import model_to_save
 from .predictions import unwrapped, without_numbers
 
 _HIDDEN = ("hidden_state", "attentions")
@@ -62,8 +63,9 @@ def vocabulary_sizes(model: nn.Module, config: Any) -> set[int]:
     nested = ("text_config", "decoder")  # of models of images and text, and of an encoder with a decoder
     configs = [config, *(getattr(config, name, None) for name in nested)]
     sizes = {getattr(each, "vocab_size", None) for each in configs}
-    if hasattr(model, "get_output_embeddings"):
-        sizes.add(getattr(model.get_output_embeddings(), "out_features", None))  # type: ignore[operator]
+    inner = model_to_save(model)
+    if hasattr(inner, "get_output_embeddings"):
+        sizes.add(getattr(inner.get_output_embeddings(), "out_features", None))
     return {size for size in sizes if isinstance(size, int)}
 
 

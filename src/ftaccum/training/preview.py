@@ -15,6 +15,7 @@ from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import is_out_of_memory
+from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import preserve_gradients
 from .base_run import Run
 from .build_plan import describe_cut
@@ -84,7 +85,7 @@ class PreviewRun(Run):
 
     def _predicts_tokens(self, labels: Tensor, ids: Tensor | None) -> bool:
         """Return whether labels are token ids: those of a language model, or of a decoder."""
-        has_output = getattr(self.model, "get_output_embeddings", lambda: None)() is not None
+        has_output = getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
         return has_output and (ids is not None or labels.ndim == 1)
 
     def _costs(self) -> list[str]:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..adapters import is_peft_model, saved_by_peft
+from ..model_wrapper import model_to_save
 from ..process_group import ProcessGroup
 from .layout import reshard, unsharded_class
 from .scratch_file import ScratchFile
@@ -114,10 +115,11 @@ def whole_weights(model: nn.Module, folder: Path, process_group: ProcessGroup) -
 def _to_gather(model: nn.Module, process_group: ProcessGroup) -> list[nn.Parameter]:
     """Return the sharded weights that are saved, tied ones once, in the same order on all processes."""
     reshard(model)  # the outermost unit may still be whole after a forward pass
-    weights = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    if not is_peft_model(model):
+    inner: nn.Module = model_to_save(model)
+    weights = {name: p for name, p in inner.named_parameters() if isinstance(p, DTensor)}
+    if not is_peft_model(inner):
         return list(weights.values())
-    saved = set(process_group.run_on_main(lambda: _saved_by_peft(model)))  # PEFT may ask the hub, which may answer once
+    saved = set(process_group.run_on_main(lambda: _saved_by_peft(inner)))  # PEFT may ask the hub, which may answer once
     return [p for name, p in weights.items() if name in saved]
 
 

@@ -74,6 +74,17 @@ def test_retrieval_ranks_each_positive_among_those_with_another_label(recipe: Mo
     assert found["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_embeddings_without_a_direction_find_nothing(recipe: ModuleType, value: float) -> None:
+    embeddings, labels = np.full((20, 3), value), np.arange(20)
+    found = recipe.retrieval(EvalPrediction((embeddings, embeddings), labels))
+    assert found == {"recall@1": 0, "recall@10": 0, "mrr": 1 / 20}
+    broken = np.eye(20)
+    broken[4] = value  # one text of 20: it finds nothing, and all others find it first
+    found = recipe.retrieval(EvalPrediction((broken, broken), labels))
+    assert found == pytest.approx({"recall@1": 0, "recall@10": 19 / 20, "mrr": (19 / 2 + 1 / 20) / 20})
+
+
 def test_an_embedding_depends_on_neither_padding_nor_other_rows(recipe: ModuleType, model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = Dataset.from_dict({"query": [a for a, _ in PAIRS], "answer": [b for _, b in PAIRS]})
@@ -93,16 +104,20 @@ def test_rows_with_the_same_positive_have_the_same_label(recipe: ModuleType, mod
     assert encoded["labels"] == [0, 1, 0, 2]
 
 
-def test_the_recipe_compares_each_pair_with_all_others_of_its_update(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = save_pairs(tmp_path / "pairs.csv", PAIRS)
-    output = tmp_path / "output"
-    words = ["--model", model, "--train_data", pairs, "--val_data", pairs, "--anchor", "query", "--positive", "answer",
-             "--max_val_rows", "9", "--batch_size", "3", "--effective_batch_size", "10", "--n_epochs", "3",
-             "--learning_rate", "3e-3", "--progress", "no", "--keep_checkpoints", "0"]  # fmt: skip
-    assert run_recipe("embeddings", *words, "--output_dir", str(output)) == 0
+def embeddings_words(folder: Path) -> list[str]:
+    pairs = save_pairs(folder / "pairs.csv", PAIRS)
+    return ["--model", save_encoder(folder / "encoder"), "--train_data", pairs, "--val_data", pairs,
+            "--anchor", "query", "--positive", "answer", "--batch_size", "3",
+            "--effective_batch_size", "10"]  # fmt: skip
+
+
+def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, words = tmp_path / "output", embeddings_words(tmp_path)
+    model = words[1]
+    words += ["--max_val_rows", "9", "--n_epochs", "3", "--learning_rate", "3e-3", "--progress", "no"]
+    assert run_recipe("embeddings", *words, "--keep_checkpoints", "0", "--output_dir", str(output)) == 0
     result = Result.load(output)
+    # Each pair is compared with all others of its update.
     anchors, positives = (embed(model, texts) for texts in zip(*PAIRS, strict=True))
     scores = 20 * F.cosine_similarity(anchors[:, None], positives[None], dim=-1)
     assert result.loss_history[0] == pytest.approx(F.cross_entropy(scores, torch.arange(len(PAIRS))).item(), rel=1e-5)
