@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..arguments import find_faults, read_settings
-from ..errors import refuse
+from ..errors import refuse, shown
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import TrainArguments
 from .exit_status import FAILED, OK, run_and_report
-from .extra_options import check_extra_options, read_extra_options
+from .extra_options import build_extra_options, declared_options, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
 from .parser import parse
@@ -63,11 +63,13 @@ def run_script(
 
     Args:
         main: trains with the options. If it returns a `Result`, the exit status tells whether all outputs were written;
-            if it returns the study of a search, whether a trial has finished.
+            if it returns the study of a search, whether a trial has finished. An integer from 0 to 255 is the exit
+            status, and None means success. For any other value, the status is 1.
         description: text for `--help`, usually the script's `__doc__`.
         task: the task of `load_task`; None for a script that loads its model and data in `main`.
         extra: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
-            float, str, Path, Literal or a list of one of them, or such a type or None.
+            float, str, Path, Literal or a list of one of them, or such a type or None. A ValueError of its
+            `__post_init__` is reported as bad input.
         for_search: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
         **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: other training data
@@ -84,7 +86,7 @@ def run_script(
         options = _read_options(words, page, defaults | {"task": task} if task else defaults, extra, for_search)
         result = _call_at_verbosity(main, options)
         _leave_process_group()
-        return FAILED if _has_failed(result) else OK
+        return _exit_status(result)
 
     sys.exit(run_and_report(Path(script).stem, run))
 
@@ -92,13 +94,13 @@ def run_script(
 def _read_options(
     words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any], extra: type | None, for_search: bool
 ) -> ScriptOptions:
-    extra_kinds, task_kinds = [extra] if extra else [], [TrainArguments, AdapterOptions] if "task" in defaults else []
+    task_kinds = [TrainArguments, AdapterOptions] if "task" in defaults else []
     run_kinds = [TrialRecipe if for_search else Recipe, Runtime]
     search_kinds = [SpaceArguments, SearchSettings] if for_search else []
-    kinds = [*extra_kinds, *task_kinds, *search_kinds, *run_kinds]
-    names = [f.name for kind in kinds[len(extra_kinds) :] for f in fields(kind)]
-    if extra is not None:
-        check_extra_options(extra, names)
+    others = [*task_kinds, *search_kinds, *run_kinds]
+    extra_kinds = [] if extra is None else [declared_options(extra, others)]
+    kinds = [*extra_kinds, *others]
+    names = [f.name for kind in others for f in fields(kind)]
     first = [name for name in FIRST_OPTIONS["search" if for_search else "train"] if name in names]
     page = replace(page, first=[*(f.name for kind in extra_kinds for f in fields(kind)), *first])
     parsed = dict(zip(kinds, _parse(kinds, words, page, defaults), strict=True))
@@ -106,13 +108,15 @@ def _read_options(
     settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
     if task_kinds:
         settings["lora"] = parsed[AdapterOptions].lora_argument()
-    # Of the class that the script declares, not of one with other defaults.
-    extra_options = extra(**{f.name: getattr(parsed[extra], f.name) for f in fields(extra)}) if extra else None
-    _check(settings, [parsed[kind] for kind in kinds if kind in (extra, TrainArguments, SearchSettings)], extra_options)
+    extra_options = parsed[extra_kinds[0]] if extra_kinds else None
+    checked = (*extra_kinds, TrainArguments, SearchSettings)
+    _check(settings, [parsed[kind] for kind in kinds if kind in checked], extra_options)
     settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
     if for_search:
         settings["space"] = _space(settings["space"])
-    found = ScriptOptions({}, settings, _without_other_val_data(extra_options, defaults) if extra else None)
+    if extra is not None:
+        extra_options = build_extra_options(extra, _without_other_val_data(extra_options, defaults))
+    found = ScriptOptions({}, settings, extra_options)
     return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
 
 
@@ -124,7 +128,8 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     """
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
     refuse([f"`run_script` has the default {name!r}, which is no option of the script." for name in unknown])
-    parsed = parse([_with_defaults(kind, defaults) for kind in kinds], words, page=page)
+    values = {name: _as_text(value) for name, value in defaults.items()}
+    parsed = parse([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
     missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
@@ -138,12 +143,18 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass like `kind` with other defaults."""
     hints = get_type_hints(kind, include_extras=True)
     changed = [
-        (f.name, hints[f.name], field(default=_as_text(defaults[f.name]), metadata=_not_required(f.metadata)))
+        (f.name, hints[f.name], _default_field(defaults[f.name], _not_required(f.metadata)))
         for f in fields(kind)
         if f.name in defaults
     ]
     is_frozen = kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen) if changed else kind
+
+
+def _default_field(default: Any, metadata: Mapping[str, Any]) -> Any:
+    if type(default).__hash__ is None:  # a dataclass takes a default that can change, such as a list, from a factory
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _not_required(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,13 +195,28 @@ def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOpti
         return main(options)
 
 
-def _has_failed(result: Any) -> bool:
-    """Return whether a `Result` could not write an output, or an Optuna study has no finished trial."""
+def _exit_status(result: Any) -> int:
+    """Return the exit status for what `main` returned.
+
+    It is 1 if a `Result` could not write an output, and if a study has no finished trial. It is 1, with a message, for
+    a value that is neither of them, nor None, nor an exit status.
+    """
+    if result is None:
+        return OK
     if hasattr(result, "get_trials"):
         from .search.tables import best_trial
 
-        return best_trial(result) is None
-    return bool(getattr(result, "unwritten", None))
+        return FAILED if best_trial(result) is None else OK
+    if hasattr(result, "unwritten"):
+        return FAILED if result.unwritten else OK
+    if type(result) is int and 0 <= result < 256:  # the system keeps only the last 8 bits of an exit status
+        return result
+    print(
+        f"{Path(sys.argv[0]).stem}: `main` returned {shown(result)}, which tells neither success nor failure. Return a "
+        "Result, the study of a search, an exit status from 0 to 255, or None for success.",
+        file=sys.stderr,
+    )
+    return FAILED
 
 
 def _without_other_val_data(named: Any, defaults: Mapping[str, Any]) -> Any:
