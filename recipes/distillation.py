@@ -19,6 +19,7 @@ same image processor, and files, folders or Hub data sets with an image and a la
 in OUTPUT_DIR/model loads with `pipeline("image-classification", model=...)`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,16 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import packaged
-from ftaccum import DataError, ModelWrapper, Result, ScriptOptions, load_task, run_script, test_fine_tuning
+from ftaccum import (
+    DataError,
+    ModelWrapper,
+    Result,
+    ScriptOptions,
+    SettingsError,
+    load_task,
+    run_script,
+    test_fine_tuning,
+)
 
 
 @dataclass
@@ -39,6 +49,12 @@ class Options:
     teacher: str = field(default=str(packaged.DIGIT_TEACHER), metadata={"help": "folder or hub name of the teacher"})
     temperature: float = field(default=2.0, metadata={"help": "divides the logits of both models"})
     weight: float = field(default=0.9, metadata={"help": "weight of the teacher's part of the loss, from 0 to 1"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be a number above 0, but is {self.temperature} instead.")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"`weight` must be from 0 to 1, but is {self.weight} instead.")
 
 
 class Distillation(ModelWrapper):
@@ -68,11 +84,23 @@ class Distillation(ModelWrapper):
         return {"loss": loss, "logits": logits_NC}
 
 
+def load_teacher(name: str) -> Any:
+    """Return an image classifier.
+
+    Raises:
+        SettingsError: if it cannot be loaded.
+    """
+    try:
+        return AutoModelForImageClassification.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SettingsError([f"`teacher` {name!r} cannot be loaded: {error} Give a folder or a hub name."]) from error
+
+
 def main(options: ScriptOptions) -> Result:
     extra: Options = options.extra
     packaged.prepare(extra.teacher, *options.data.values())
     loaded = load_task(**options.data)
-    teacher = AutoModelForImageClassification.from_pretrained(extra.teacher)
+    teacher = load_teacher(extra.teacher)
     if teacher.config.id2label != loaded.model.config.id2label:
         theirs, ours = (list(config.id2label.values()) for config in (teacher.config, loaded.model.config))
         raise DataError(f"The teacher has the classes {theirs}, but `train_data` has {ours}. Choose another teacher.")

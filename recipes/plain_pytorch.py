@@ -12,6 +12,7 @@ shape (rows, channels, height, width) and a class number for each. The saved wei
 """
 
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 
 import torch
 from accelerate import PartialState
@@ -28,7 +29,11 @@ class Options:
     """The data and the size of the network."""
 
     train_data: str | None = field(default=None, metadata={"help": "file of images and labels; none: the digits"})
-    width: int = field(default=16, metadata={"help": "channels of the first convolution"})
+    width: int = field(default=16, metadata={"help": "channels of the first convolution, a multiple of 4"})
+
+    def __post_init__(self) -> None:
+        if self.width <= 0 or self.width % 4:
+            raise ValueError(f"`width` must be a positive multiple of 4, but is {self.width} instead.")
 
 
 class DigitNet(nn.Module):
@@ -51,16 +56,28 @@ def read(file: str | None) -> tuple[Tensor, Tensor]:
     """Return images and their class numbers.
 
     Raises:
-        DataError: if the file cannot be read.
+        DataError: if the file cannot be read, or holds something else.
     """
     if file is None:
         images, digits = load_digits(return_X_y=True)
         return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(digits)
+    remedy = "Write it with `torch.save((images, labels), file)`."
     try:
-        loaded, labels = torch.load(file, weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"`train_data` {file!r} cannot be read: {error} Save it with `torch.save`.") from error
-    return loaded, labels
+        loaded = torch.load(file, weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(f"`train_data` {file!r} cannot be read: {reason}. {remedy}") from error
+    is_pair = isinstance(loaded, tuple | list) and len(loaded) == 2 and all(isinstance(x, Tensor) for x in loaded)
+    if not is_pair:
+        raise DataError(f"`train_data` {file!r} does not have two tensors, images and labels. {remedy}")
+    images, labels = loaded
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels) or labels.dtype != torch.int64:
+        raise DataError(
+            f"`train_data` {file!r} has images of the shape {tuple(images.shape)} and labels of the shape "
+            f"{tuple(labels.shape)} and the type {labels.dtype}. Images must have the shape (rows, channels, height, "
+            "width), and labels the shape (rows,) and the type torch.int64."
+        )
+    return images.float(), labels
 
 
 def main(options: ScriptOptions) -> Result:

@@ -21,6 +21,7 @@ columns of texts. The packaged pairs prefer answers that ask a question: both an
 constructed. The adapters in OUTPUT_DIR/model load with `pipeline("text-generation", model=...)` if peft is installed.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,10 @@ class Options(ModelAndDataOptions):
     chosen: str = field(default="chosen", metadata={"help": "column of the preferred answers"})
     rejected: str = field(default="rejected", metadata={"help": "column of the other answers"})
     beta: float = field(default=0.1, metadata={"help": "how strongly the loss keeps the model near the first one"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` must be a number above 0, but is {self.beta} instead.")
 
 
 class Preference(ModelWrapper):

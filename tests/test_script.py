@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from ftaccum import DataError, DivergedError, ScriptOptions, run_script
+from ftaccum.apps.cli import main
 from ftaccum.settings.recipe import Recipe
 from ftaccum.tasks.adapter_options import AdapterOptions
 
@@ -35,9 +36,18 @@ class Many:
     folder: Path = Path("here")
 
 
-def run(main: Callable[[ScriptOptions], Any], *words: str, **given: Any) -> int:
+@dataclass(frozen=True)
+class Checked:
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        if self.width % 4:
+            raise ValueError("`width` must be a multiple of 4.")
+
+
+def run(main_function: Callable[[ScriptOptions], Any], *words: str, **given: Any) -> int:
     with pytest.raises(SystemExit) as done:
-        run_script(main, arguments=words, **given)
+        run_script(main_function, arguments=words, **given)
     assert isinstance(done.value.code, int)
     return done.value.code
 
@@ -58,9 +68,15 @@ def test_a_script_gets_its_defaults_and_options() -> None:
     assert "max_length" not in found.settings  # `load_task` passes it on
 
 
-def test_other_training_data_come_without_the_default_validation_data() -> None:
+def test_given_training_data_come_without_the_default_validation_data(tmp_path: Path) -> None:
+    assert options(**OF_TASK).data["val_data"] == "held.csv"
     assert options("--train_data", "mine.csv", **OF_TASK).data["val_data"] is None
-    assert options("--train_data", "mine.csv", "--val_data", "other.csv", **OF_TASK).data["val_data"] == "other.csv"
+    assert options("--train_data", "mine.csv", "--val_data", "held.csv", **OF_TASK).data["val_data"] == "held.csv"
+    file = tmp_path / "run.yaml"
+    file.write_text("val_data: held.csv\n")
+    assert options("--train_data=mine.csv", "--config", str(file), **OF_TASK).data["val_data"] == "held.csv"
+    file.write_text("train_data: rows.csv\n")
+    assert options("--config", str(file), **OF_TASK).data["val_data"] is None
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
@@ -245,8 +261,10 @@ def test_a_search_script_has_the_options_of_a_search() -> None:
         (["--batch_size", "0"], {}, "`batch_size` must be a positive integer"),
         (["--batch_sise", "2"], {}, "There is no option '--batch_sise'. Did you mean '--batch_size'?"),
         ([], {"task": "text-classification"}, "`--model` is required."),
-        ([], {"temprature": 2.0}, "`run_script` has the default 'temprature', which is no option of the script."),
+        ([], {"temprature": 2.0}, "`run_script` has the default 'temprature', but the script has no such option."),
         (["--dtype", "float8"], OF_TASK, "`dtype` must be"),
+        (["--task", "masked-lm"], OF_TASK, "There is no option '--task'"),
+        (["--max_val_rows", "3", "--train_data", "x"], OF_TASK, "`max_val_rows` is 3, but `val_data` is None. Give"),
     ],
 )
 def test_bad_input_ends_a_script_before_it_starts(
@@ -254,6 +272,45 @@ def test_bad_input_ends_a_script_before_it_starts(
 ) -> None:
     assert run(lambda _: pytest.fail("the script started"), *words, **given) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--save", "merged"], "`save` is 'merged', but there are no adapters to merge"),
+        (["--early_stopping_patience", "2", "--validation_split", "0"], "`early_stopping_patience` needs validation"),
+        (["--metric_for_best", "f2"], "`metric_for_best`"),
+        (["--packing"], "`packing` is an option of the task 'causal-lm'"),
+        (["--max_val_rows", "3"], "`max_val_rows` is 3, but `val_data` is None."),
+        (["--columns", "stars"], "`columns` has 'stars', which is not role=column."),
+    ],
+)
+def test_a_script_and_the_command_refuse_the_same_before_they_load(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"model": "/absent", "train_data": "/absent.csv"}
+    given = {"task": "text-classification", **named}
+    assert run(lambda _: pytest.fail("the script started"), *words, **given) == 2
+    by_script = capsys.readouterr().err
+    assert expected in by_script
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert main(["train", *flags, *words]) == 2
+    assert capsys.readouterr().err.partition(": ")[2] == by_script.partition(": ")[2]
+
+
+def test_a_script_with_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: pytest.fail("the script started"), model="m", train_data="t", task="nope") == 2
+    assert "`task` must be one of" in capsys.readouterr().err
+
+
+def test_a_script_checks_its_extra_options_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert options("--width", "8", extra=Checked).extra == Checked(8)
+    assert options(extra=Checked, width=4).extra == Checked(4)
+    assert run(lambda _: pytest.fail("the script started"), "--width", "6", extra=Checked) == 2
+    assert capsys.readouterr().err.endswith("`width` must be a multiple of 4.\n")
+    (tmp_path / "run.yaml").write_text("width: [4]")
+    assert run(lambda _: pytest.fail("the script started"), "--config", str(tmp_path / "run.yaml"), extra=Checked) == 2
+    assert "`width` must be an integer, but is [4] instead." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "status"), [(DataError("no rows"), 2), (DivergedError("not finite"), 1)])

@@ -34,7 +34,7 @@ def declared_options(extra: type, others: Sequence[type]) -> type:
         if f.init
     ]
     options = make_dataclass(extra.__name__, declared, kw_only=True)
-    plain = _plain_fields(options)
+    plain = plain_fields(options)
     faults = [fault for f in fields(options) for fault in _faults_of_field(f, f in plain)]
     refuse(faults + _faults_of_flags(options, others))
     return options
@@ -50,7 +50,7 @@ def read_extra_options(parsed: Any) -> list[str]:
     """
     hints = get_type_hints(type(parsed))
     faults = []
-    for f in _plain_fields(type(parsed)):
+    for f in plain_fields(type(parsed)):
         value, hint = getattr(parsed, f.name), hints[f.name]
         setattr(parsed, f.name, _converted(value, hint))
         if value is not f.default and not _fits(getattr(parsed, f.name), hint):
@@ -58,8 +58,8 @@ def read_extra_options(parsed: Any) -> list[str]:
     return faults
 
 
-def build_extra_options(extra: type, parsed: Any) -> Any:
-    """Return an instance of the script's dataclass with the values of `parsed`.
+def make_extra_options(extra: type, parsed: Any) -> Any:
+    """Return an instance of the dataclass of a script, with the values of an instance of another one.
 
     Raises:
         SettingsError: if its `__post_init__` raises ValueError.
@@ -72,7 +72,7 @@ def build_extra_options(extra: type, parsed: Any) -> Any:
         raise SettingsError([str(error) or f"`{extra.__name__}` refuses its values."]) from error
 
 
-def _plain_fields(extra: type) -> list[Field]:
+def plain_fields(extra: type) -> list[Field]:
     """Return the fields that the script declares, without those of ftaccum, which have rules or conversions."""
     ruled = rules_of(extra)
     return [f for f in fields(extra) if f.name not in ruled and "traits" not in f.metadata]

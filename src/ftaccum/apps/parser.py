@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
@@ -39,7 +39,24 @@ class _Parser(HfArgumentParser):
         raise SettingsError([message.capitalize()])
 
 
-def parse(
+class Parsed(NamedTuple):
+    """Options from the command line.
+
+    Attributes:
+        options: an instance of each dataclass, after a list of the other words if there may be such words.
+        given: the names of the options that the command line or its file gives. The others have their defaults.
+    """
+
+    options: list[Any]
+    given: set[str]
+
+
+def parse(kinds: Sequence[type], arguments: Sequence[str], **more: Any) -> Any:
+    """Return the `options` of `parse_given`, which has the same arguments."""
+    return parse_given(kinds, arguments, **more).options
+
+
+def parse_given(
     kinds: Sequence[type],
     arguments: Sequence[str],
     *,
@@ -48,7 +65,7 @@ def parse(
     renamed: Mapping[str, str] | None = None,
     positional: str | None = None,
     defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
+) -> Parsed:
     """Parse flags into one instance of each dataclass in `kinds`, after a list of the other words with `positional`.
 
     `--config FILE` reads defaults from a YAML file, whose keys are option names or their aliases. Flags override it.
@@ -84,8 +101,8 @@ def parse(
     before = _Parser([], add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     file = before.parse_known_args(arguments)[0].config
-    if file is not None:
-        parser.set_defaults(**_read(Path(file), kinds, replace(options, notation=yaml)))
+    from_file = {} if file is None else _read(Path(file), kinds, replace(options, notation=yaml))
+    parser.set_defaults(**from_file)
     if page is not None and any(word in ("-h", "--help", "--help-all") for word in arguments):
         print(page.show(kinds, everything="--help-all" in arguments))
         raise SystemExit(0)
@@ -93,7 +110,16 @@ def parse(
     if unknown := [word for word in others if re.match("--|-[a-zA-Z]", word)] or others:
         raise SettingsError([f"There is no option {word!r}{options.hint(word.partition('=')[0])}" for word in unknown])
     parsed = list(parser.parse_dict(vars(namespace), allow_extra_keys=True))
-    return parsed if positional is None else [getattr(namespace, positional), *parsed]
+    given = _names_in(words, parser) | set(from_file)
+    return Parsed(parsed if positional is None else [getattr(namespace, positional), *parsed], given)
+
+
+def _names_in(words: Sequence[str], parser: HfArgumentParser) -> set[str]:
+    """Return the names of the options in words that the parser has accepted. Remove its defaults."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_intermixed_args(words)[0])) - {"config"}
 
 
 def build_parser(kinds: Sequence[type]) -> HfArgumentParser:

@@ -1,27 +1,30 @@
 """The command line of a training script: its options, its errors and its exit status."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..arguments import find_faults, read_settings
 from ..errors import refuse, shown
+from ..fields import select_fields
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import TrainArguments
 from .exit_status import FAILED, OK, run_and_report
-from .extra_options import build_extra_options, declared_options, read_extra_options
+from .extra_options import declared_options, make_extra_options, plain_fields, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
-from .parser import parse
+from .parser import Parsed, parse_given
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 
 # `load_task` passes the first on to `test_fine_tuning`. Both of them need the others.
 _OF_TEXT = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
 _OF_BOTH = ("random_seed", "validation_split", "lora")
+# A script has one task.
+_TaskOptions = select_fields("TaskOptions", TrainArguments, {f.name for f in fields(TrainArguments)} - {"task"})
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ def run_script(
         description: text for `--help`, usually the script's `__doc__`.
         task: the task of `load_task`; None for a script that loads its model and data in `main`.
         extra: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
-            float, str, Path, Literal or a list of one of them, or such a type or None. A ValueError of its
-            `__post_init__` is reported as bad input.
+            float, str, Path, Literal or a list of one of them, or such a type or None. `__post_init__` may check the
+            values and raise ValueError, whose message is shown.
         for_search: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
-        **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: other training data
-            come without it.
+        **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: if `train_data` is
+            given, it has no effect.
 
     Raises:
         SystemExit: always.
@@ -83,60 +86,88 @@ def run_script(
 
     def run() -> int:
         page = HelpPage(f"python {script} [options]", description or "")
-        options = _read_options(words, page, defaults | {"task": task} if task else defaults, extra, for_search)
-        result = _call_at_verbosity(main, options)
+        result = _call_at_verbosity(main, _Script(task, extra, for_search, defaults).read(words, page))
         _leave_process_group()
         return _exit_status(result)
 
     sys.exit(run_and_report(Path(script).stem, run))
 
 
-def _read_options(
-    words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any], extra: type | None, for_search: bool
-) -> ScriptOptions:
-    task_kinds = [TrainArguments, AdapterOptions] if "task" in defaults else []
-    run_kinds = [TrialRecipe if for_search else Recipe, Runtime]
-    search_kinds = [SpaceArguments, SearchSettings] if for_search else []
-    others = [*task_kinds, *search_kinds, *run_kinds]
-    extra_kinds = [] if extra is None else [declared_options(extra, others)]
-    kinds = [*extra_kinds, *others]
-    names = [f.name for kind in others for f in fields(kind)]
-    first = [name for name in FIRST_OPTIONS["search" if for_search else "train"] if name in names]
-    page = replace(page, first=[*(f.name for kind in extra_kinds for f in fields(kind)), *first])
-    parsed = dict(zip(kinds, _parse(kinds, words, page, defaults), strict=True))
+@dataclass(frozen=True)
+class _Script:
+    """What a script declares: the arguments of `run_script` of these names."""
 
-    settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
-    if task_kinds:
+    task: str | None
+    extra: type | None
+    for_search: bool
+    defaults: Mapping[str, Any]
+
+    def read(self, words: Sequence[str], page: HelpPage) -> ScriptOptions:
+        """Return the options that the words of a command line give.
+
+        Raises:
+            SettingsError: for faults that can be found before a model and rows are loaded.
+        """
+        task_kinds = [_TaskOptions, AdapterOptions] if self.task else []
+        search_kinds = [SpaceArguments, SearchSettings] if self.for_search else []
+        run_kinds = [TrialRecipe if self.for_search else Recipe, Runtime]
+        others = [*task_kinds, *search_kinds, *run_kinds]
+        extra_kinds = [] if self.extra is None else [declared_options(self.extra, others)]
+        page = replace(page, first=self._first(extra_kinds, others))
+        kinds = [*extra_kinds, *others]
+        options, given = _parse(kinds, words, page, self.defaults)
+        parsed = dict(zip(kinds, options, strict=True))
+        settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
+        _check_values(parsed, settings, looks_at_files=self.task is None)  # with a task, `_for_task` looks at them
+        for kind in search_kinds:
+            settings |= vars(parsed[kind])
+        if self.for_search:
+            settings["space"] = _space(settings["space"])
+        extra = None
+        if self.extra is not None:
+            extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], given))
+        if self.task is None:
+            return ScriptOptions({}, settings, extra)
         settings["lora"] = parsed[AdapterOptions].lora_argument()
-    extra_options = parsed[extra_kinds[0]] if extra_kinds else None
-    checked = (*extra_kinds, TrainArguments, SearchSettings)
-    _check(settings, [parsed[kind] for kind in kinds if kind in checked], extra_options)
-    settings |= {name: value for kind in search_kinds for name, value in vars(parsed[kind]).items()}
-    if for_search:
-        settings["space"] = _space(settings["space"])
-    if extra is not None:
-        extra_options = build_extra_options(extra, _without_other_val_data(extra_options, defaults))
-    found = ScriptOptions({}, settings, extra_options)
-    return found if not task_kinds else _for_task(found, parsed[TrainArguments], defaults)
+        values = vars(_without_other_val_data(parsed[_TaskOptions], given))
+        return self._for_task(TrainArguments(**values, task=self.task), settings, extra)
+
+    def _first(self, extra_kinds: Sequence[type], others: Sequence[type]) -> list[str]:
+        """Return the names of the options that `--help` shows."""
+        names = [f.name for kind in (*extra_kinds, *others) for f in fields(kind)]
+        usual = [name for name in FIRST_OPTIONS["search" if self.for_search else "train"] if name in names]
+        declared = [f.name for kind in extra_kinds for f in plain_fields(kind)]
+        return list(dict.fromkeys([*declared, *usual]))
+
+    def _for_task(self, named: TrainArguments, settings: dict[str, Any], extra: Any) -> ScriptOptions:
+        """Check the options of a script with a task, and share them among `load_task` and `test_fine_tuning`."""
+        from .task_checks import check_search, check_training
+
+        check = check_search if self.for_search else check_training
+        check(named, settings)
+        shared = {name: settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in settings}
+        rest = {name: value for name, value in settings.items() if name not in _OF_TEXT}
+        return ScriptOptions(vars(named) | shared, rest, extra)
 
 
-def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any]) -> list[Any]:
+def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults: Mapping[str, Any]) -> Parsed:
     """Return an instance of each dataclass, with these defaults and with its values parsed by their rules.
 
     Raises:
         SettingsError: for unknown options and defaults, and if the model or the training data are missing.
     """
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
-    refuse([f"`run_script` has the default {name!r}, which is no option of the script." for name in unknown])
+    refuse([f"`run_script` has the default {name!r}, but the script has no such option." for name in unknown])
     values = {name: _as_text(value) for name, value in defaults.items()}
-    parsed = parse([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
+    parsed, given = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
     missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
-    return [
+    options = [
         each if kind in raw else read_settings(type(each), vars(each)) for kind, each in zip(kinds, parsed, strict=True)
     ]
+    return Parsed(options, given)
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
@@ -165,8 +196,8 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _check(settings: Mapping[str, Any], others: Sequence[Any], extra: Any) -> None:
-    """Check what can be checked before a model and data are loaded.
+def _check_values(parsed: Mapping[type, Any], settings: Mapping[str, Any], *, looks_at_files: bool) -> None:
+    """Check the values that a script was given, each by its rule and type.
 
     Raises:
         SettingsError: with all faults.
@@ -174,21 +205,17 @@ def _check(settings: Mapping[str, Any], others: Sequence[Any], extra: Any) -> No
     from ..runtime.accelerator import is_first_process
     from ..training.preflight import faults_before_loading
 
-    faults = [fault for each in others for fault in find_faults(each)]
-    faults += read_extra_options(extra) if extra is not None else []
-    refuse(faults + faults_before_loading(settings, looks_at_files=is_first_process()))
-
-
-def _for_task(options: ScriptOptions, named: TrainArguments, defaults: Mapping[str, Any]) -> ScriptOptions:
-    """Share the settings among `load_task` and `test_fine_tuning`."""
-    shared = {name: options.settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in options.settings}
-    data = vars(_without_other_val_data(named, defaults)) | shared
-    rest = {name: value for name, value in options.settings.items() if name not in _OF_TEXT}
-    return replace(options, data=data, settings=rest)
+    faults = [
+        fault
+        for kind, each in parsed.items()
+        if kind not in (Recipe, TrialRecipe, Runtime, AdapterOptions)
+        for fault in find_faults(each) + read_extra_options(each)
+    ]
+    refuse(faults + faults_before_loading(settings, looks_at_files=looks_at_files and is_first_process()))
 
 
 def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
-    """Call `main`, with as many messages and progress bars of ftaccum and other libraries as a run shows."""
+    """Call `main`. Show messages and progress bars of ftaccum and other libraries as `verbosity` and `progress` say."""
     from ..tasks.load import loading
 
     with loading(verbosity=options.settings["verbosity"], progress=options.settings["progress"]):
@@ -203,14 +230,17 @@ def _exit_status(result: Any) -> int:
     """
     if result is None:
         return OK
-    if hasattr(result, "get_trials"):
-        from .search.tables import best_trial
-
-        return FAILED if best_trial(result) is None else OK
     if hasattr(result, "unwritten"):
         return FAILED if result.unwritten else OK
     if type(result) is int and 0 <= result < 256:  # the system keeps only the last 8 bits of an exit status
         return result
+
+    from optuna import Study
+
+    from .search.tables import best_trial
+
+    if isinstance(result, Study):
+        return FAILED if best_trial(result) is None else OK
     print(
         f"{Path(sys.argv[0]).stem}: `main` returned {shown(result)}, which tells neither success nor failure. Return a "
         "Result, the study of a search, an exit status from 0 to 255, or None for success.",
@@ -219,13 +249,9 @@ def _exit_status(result: Any) -> int:
     return FAILED
 
 
-def _without_other_val_data(named: Any, defaults: Mapping[str, Any]) -> Any:
-    """Return options of data without a default `val_data` that belongs to other training data."""
-    both = ("train_data", "val_data")
-    if not all(hasattr(named, name) for name in both):
-        return named
-    train, val = (_as_text(defaults.get(name)) for name in both)
-    is_other = named.train_data != train and named.val_data == val
+def _without_other_val_data(named: Any, given: Collection[str]) -> Any:
+    """Return options of data without a default `val_data`, if `train_data` is given: they belong together."""
+    is_other = hasattr(named, "val_data") and "train_data" in given and "val_data" not in given
     return replace(named, val_data=None) if is_other else named
 
 

@@ -59,6 +59,35 @@ class ModelArguments:
 
 
 @dataclass
+class WeightArguments:
+    """The options for the weights of a model."""
+
+    dtype: Dtype = _data("auto", "type of the weights: float32, bfloat16, float16, or auto: as in the checkpoint")
+    load_in_4bit: Flag = _data(False, "load linear layers with 4 bits through bitsandbytes; needs lora")
+    load_in_8bit: Flag = _data(False, "load linear layers with 8 bits through bitsandbytes; needs lora")
+
+
+@dataclass
+class TrainDataArguments:
+    """The options that name training rows."""
+
+    train_data: Text = _data(
+        "", "CSV, JSON or Parquet file, folder or hub name[:config]; several separated by commas (required)", "--data"
+    )
+    max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
+
+
+@dataclass
+class ValDataArguments:
+    """The options that name validation rows."""
+
+    val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
+    max_val_rows: PositiveInt | None = _data(
+        None, "validate on at most this many of the first rows of val_data; none: on all rows"
+    )
+
+
+@dataclass
 class LanguageModelOptions:
     """Options of the tasks causal-lm, chat, masked-lm and seq2seq."""
 
@@ -72,12 +101,9 @@ class LanguageModelOptions:
 
 
 @dataclass
-class NamedArguments(ModelArguments, LanguageModelOptions, ReadingOptions):
+class NamedArguments(TrainDataArguments, ModelArguments, LanguageModelOptions, ReadingOptions):
     """A model, and data to train it on."""
 
-    train_data: Text = _data(
-        "", "CSV, JSON or Parquet file, folder or hub name[:config]; several separated by commas (required)", "--data"
-    )
     task: Text = _data("text-classification", f"kind of task: {', '.join(TASKS)}")
     columns: Names = _data((), "columns of the data by role, such as label=sentiment; `docs/tasks.md` lists the roles")
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
@@ -91,7 +117,6 @@ class NamedArguments(ModelArguments, LanguageModelOptions, ReadingOptions):
         "question-answering: tokens that two windows of a long context share; none: 128, or a quarter of the most "
         "tokens of a row if that is less",
     )
-    max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
 
 
 @dataclass
@@ -109,16 +134,18 @@ class TrainedArguments(FileOptions):
 
 
 @dataclass
-class TrainArguments(NamedArguments):
+class TrainArguments(ValDataArguments, WeightArguments, NamedArguments):
     """A model, and data to train and validate it on."""
 
-    dtype: Dtype = _data("auto", "type of the weights: float32, bfloat16, float16, or auto: as in the checkpoint")
-    load_in_4bit: Flag = _data(False, "load linear layers with 4 bits through bitsandbytes; needs lora")
-    load_in_8bit: Flag = _data(False, "load linear layers with 8 bits through bitsandbytes; needs lora")
-    val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
-    max_val_rows: PositiveInt | None = _data(
-        None, "validate on at most this many of the first rows of val_data; none: on all rows"
-    )
+
+def faults_of_val_data(named: ValDataArguments) -> list[str]:
+    """Return a sentence if there is a limit on validation rows, but no `val_data`."""
+    if named.val_data is not None or named.max_val_rows is None:
+        return []
+    return [
+        f"`max_val_rows` is {named.max_val_rows}, but `val_data` is None. Give `val_data`, or set `max_val_rows` to "
+        "None. `validation_split` is the share of the training rows that is held out."
+    ]
 
 
 def faults_of_task_options(named: NamedArguments) -> list[str]:

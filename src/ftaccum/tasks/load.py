@@ -17,7 +17,7 @@ from ..runtime.accelerator import is_first_process
 from ..runtime.library_output import library_bars
 from ..runtime.log import run_logging
 from ..settings.runtime import Runtime
-from .arguments import TASKS, NamedArguments, TrainArguments
+from .arguments import TASKS, NamedArguments, TrainArguments, faults_of_val_data
 from .model_source import ModelSource
 from .quantization import faults_of_quantization
 from .rows import load_rows
@@ -129,7 +129,8 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
     task = make_task(named)
     bits = {"load_in_4bit": named.load_in_4bit, "load_in_8bit": named.load_in_8bit}
     has_adapters = settings.get("lora") not in (None, False)
-    refuse(faults_of_quantization(**bits, has_adapters=has_adapters) + _faults_of_freeze(named, has_adapters))
+    faults = faults_of_quantization(**bits, has_adapters=has_adapters) + faults_of_val_data(named)
+    refuse(faults + _faults_of_freeze(named, has_adapters))
     recipe, runtime = parse_settings(settings)
     train, val = load_rows(named, task, recipe.text_columns, recipe.random_seed)
     head = task.head(train)

@@ -1,4 +1,4 @@
-"""The options of a script that trains a module of its own on rows of texts."""
+"""The options of a model and of rows of texts, for a script that trains a module of its own on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,17 +8,19 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ..data.text_columns import check_column
-from ..errors import DataError
-from ..fields import PositiveInt, Text, setting
+from ..errors import DataError, refuse
 from .adapter_options import AdapterOptions
-from .arguments import ModelArguments
+from .arguments import ModelArguments, TrainDataArguments, ValDataArguments, WeightArguments, faults_of_val_data
 from .model_source import ModelSource
-from .reading.rows import read_rows
-from .rows import first_rows
+from .quantization import faults_of_quantization
+from .reading.options import FileOptions, ReadingOptions
+from .rows import read_named
 
 
 @dataclass
-class ModelAndDataOptions(ModelArguments, AdapterOptions):
+class ModelAndDataOptions(
+    ValDataArguments, TrainDataArguments, WeightArguments, ModelArguments, FileOptions, AdapterOptions
+):
     """The options of a model, its adapters and its data, for a script that trains a module of its own on texts.
 
     A script derives a dataclass with further options from it, and gives it to `run_script` as `extra`:
@@ -35,11 +37,6 @@ class ModelAndDataOptions(ModelArguments, AdapterOptions):
         ftaccum.run_script(main, extra=Options, model="bert-base-uncased", train_data="train.csv")
     """
 
-    train_data: Text = setting("", "CSV, JSON or Parquet file, folder or hub name[:config] (required)", "--data")
-    val_data: Text | None = setting(None, "held-out rows, as for train_data; none: validation_split holds out rows")
-    max_train_rows: PositiveInt | None = setting(None, "train on at most this many of the first rows; none: all")
-    max_val_rows: PositiveInt | None = setting(None, "use at most this many of the first rows of val_data; none: all")
-
     def load(self, model_class: Any) -> tuple[Any, Any]:
         """Return the model and its tokenizer.
 
@@ -49,8 +46,11 @@ class ModelAndDataOptions(ModelArguments, AdapterOptions):
         Raises:
             SettingsError: if one of them cannot be loaded.
         """
+        has_adapters = self.lora_argument() is not None
+        bits = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
+        refuse(faults_of_quantization(**bits, has_adapters=has_adapters))
         named = ModelArguments(**{f.name: getattr(self, f.name) for f in fields(ModelArguments)})
-        return ModelSource(named, model_class, AutoTokenizer).load()
+        return ModelSource(named, model_class, AutoTokenizer, {}, self.dtype, **bits).load()
 
     def read(self, columns: Sequence[str]) -> dict[str, Dataset]:
         """Return the rows by argument of `test_fine_tuning`: `train_data`, and `val_data` if it is given.
@@ -60,18 +60,20 @@ class ModelAndDataOptions(ModelArguments, AdapterOptions):
 
         Raises:
             DataError: if the rows cannot be read, lack a column, or have no text in it.
+            SettingsError: if there is a limit on validation rows, but no `val_data`.
         """
-        rows = {"train_data": self._read("train_data", "train", columns, self.max_train_rows)}
-        if self.val_data is not None:
-            rows["val_data"] = self._read("val_data", "validation", columns, self.max_val_rows)
+        refuse(faults_of_val_data(self))
+        given = ["train_data"] if self.val_data is None else ["train_data", "val_data"]
+        options = ReadingOptions(delimiter=self.delimiter, encoding=self.encoding)
+        rows = {argument: read_named(self, argument, options, text_columns=columns) for argument in given}
+        for argument, each in rows.items():
+            for column in columns:
+                check_column(each, argument, column)
+                _check_texts(each[column], argument, column)
         return rows
 
-    def _read(self, argument: str, split: str, columns: Sequence[str], limit: int | None) -> Dataset:
-        read = read_rows(getattr(self, argument), argument=argument, split=split, text_columns=columns)
-        rows: Dataset = first_rows(read, limit)
-        for column in columns:
-            check_column(rows, argument, column)
-            for n, text in enumerate(rows[column]):
-                if not isinstance(text, str) or not text.strip():
-                    raise DataError(f"In `{argument}`, row {n} has no text in the column {column!r}. Remove the row.")
-        return rows
+
+def _check_texts(texts: Sequence[Any], argument: str, column: str) -> None:
+    for n, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"In `{argument}`, row {n} has no text in the column {column!r}. Remove the row.")

@@ -41,11 +41,8 @@ def load_rows(
         )
     options = ReadingOptions(**{f.name: getattr(named, f.name) for f in fields(ReadingOptions)})
     texts = text_columns or ()
-    train = first_rows(read_rows(named.train_data, options, seed=seed, text_columns=texts), named.max_train_rows)
-    val = None
-    if named.val_data:
-        rows = read_rows(named.val_data, options, argument="val_data", split="validation", text_columns=texts)
-        val = first_rows(rows, named.max_val_rows)
+    train = read_named(named, "train_data", options, seed=seed, text_columns=texts)
+    val = read_named(named, "val_data", options, text_columns=texts) if named.val_data else None
     names = columns_of(train)
     chosen = choose_columns(names, task.roles, task.given, "train_data")
     if not task.reads_text:
@@ -56,6 +53,23 @@ def load_rows(
     if val is None:
         return by_role(train, chosen), None
     return by_role(train, chosen), by_role(val, choose_columns(val.column_names, task.roles, chosen, "val_data"))
+
+
+def read_named(named: Any, argument: str, options: ReadingOptions, **more: Any) -> Any:
+    """Return the first rows that an option names, as many as another option allows.
+
+    Args:
+        named: options with the fields of `TrainDataArguments` and `ValDataArguments`.
+        argument: "train_data" or "val_data".
+        options: how to read.
+        **more: further arguments of `read_rows`.
+
+    Raises:
+        DataError: if the rows cannot be read.
+    """
+    split, limit = ("train", "max_train_rows") if argument == "train_data" else ("validation", "max_val_rows")
+    rows = read_rows(getattr(named, argument), options, argument=argument, split=split, **more)
+    return first_rows(rows, getattr(named, limit))
 
 
 def first_rows(rows: Any, limit: int | None) -> Any:

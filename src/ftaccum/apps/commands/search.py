@@ -19,11 +19,11 @@ def run(words: Sequence[str]) -> int:
 
     from accelerate import PartialState
 
-    from ...tasks.load import load, loading, make_task
+    from ...tasks.load import load, loading
     from ..search.api import search
     from ..search.space import read_dimensions
     from ..search.tables import best_trial
-    from ..search.validation import check_before_loading
+    from ..task_checks import check_search
 
     arguments = (
         vars(settings)
@@ -34,10 +34,7 @@ def run(words: Sequence[str]) -> int:
             "space": read_dimensions(varied.space),
         }
     )
-    task = make_task(named)
-    measures = bool(task.metrics) and (named.val_data is not None or recipe.validation_split > 0)
-    # The real metrics may need the tokenizer. Before it is loaded, it only matters whether there are any.
-    check_before_loading({**arguments, "val_data": named.val_data, "compute_metrics": print if measures else None})
+    check_search(named, arguments)
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, shared).search_arguments()
     study = search(**loaded, **arguments)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...arguments import parse_settings
-from ...errors import refuse
 from ..exit_status import FAILED, OK
 from ..options import checked_names, parse_options
 
@@ -25,25 +23,16 @@ def run(words: Sequence[str]) -> int:
     # These imports take seconds, so check the input first.
     from accelerate import PartialState
 
-    from ...runtime.accelerator import is_first_process
-    from ...tasks.load import load, loading, make_task
-    from ...training.adapters import fault_of_save
-    from ...training.config import RunConfig, faults_of_evaluation
-    from ...training.preflight import faults_before_loading
+    from ...tasks.load import load, loading
+    from ...training.config import RunConfig
     from ...training.run import run_training
     from ..output_folder import OUTPUTS, output_folder
     from ..run_arguments import default_arguments
+    from ..task_checks import check_training
 
     settings = vars(recipe) | vars(runtime) | {"lora": lora}
     given = settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS}
-    task = make_task(named)
-    has_val_data = named.val_data is not None
-    measures = bool(task.metrics) and (has_val_data or recipe.validation_split > 0)
-    faults = faults_before_loading(given, looks_at_files=is_first_process())
-    faults = faults or [fault for fault in [fault_of_save(runtime.save, has_adapters=lora is not None)] if fault]
-    refuse(faults or faults_of_evaluation(recipe, has_metrics=measures, has_val_data=has_val_data))
-    recipe, parsed = parse_settings(given)
-    task.check(recipe)
+    recipe, parsed = check_training(named, given)
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, given)
     parsed = replace(parsed, output_dir=runtime.output_dir)
