@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, make_dataclass
+from dataclasses import MISSING, InitVar, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,6 +139,7 @@ def test_a_file_with_a_value_of_another_type_is_refused(
     ("name", "kind", "default", "expected"),
     [
         ("size", int, MISSING, "`extra` has the field 'size' without a default. Give it one."),
+        ("size", InitVar[int], MISSING, "`extra` has the field 'size' without a default. Give it one."),
         ("size", tuple[int, ...], (), "`extra` has the field 'size' of a type that no option can have."),
         ("size", int | float, 1, "`extra` has the field 'size' of a type that no option can have."),
     ],

@@ -1,7 +1,8 @@
 """The options that a training script declares itself: the fields of a dataclass."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,15 +28,21 @@ def declared_options(extra: type, others: Sequence[type]) -> type:
     """
     if not (isinstance(extra, type) and is_dataclass(extra)):
         refuse([f"`extra` must be a dataclass, but is {shown(extra)} instead. Decorate it with `@dataclass`."])
-    hints = get_type_hints(extra, include_extras=True)
+    hints, plain_hints = get_type_hints(extra, include_extras=True), get_type_hints(extra)
     declared = [
         (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
         for f in fields(extra)
         if f.init
     ]
     options = make_dataclass(extra.__name__, declared, kw_only=True)
-    plain = plain_fields(options)
-    faults = [fault for f in fields(options) for fault in _faults_of_field(f, f in plain)]
+    needed = [name for name, each in signature(extra).parameters.items() if each.default is Parameter.empty]
+    faults = [f"`extra` has the field {name!r} without a default. Give it one." for name in needed]
+    faults += [
+        f"`extra` has the field {f.name!r} of a type that no option can have. Use bool, int, float, str, Path, Literal "
+        "or a list of one of them, and `| None`."
+        for f in plain_fields(options)
+        if not _can_be_given(plain_hints[f.name])
+    ]
     refuse(faults + _faults_of_flags(options, others))
     return options
 
@@ -105,17 +112,10 @@ def _flags(kind: type) -> dict[str, list[str]]:
     return found
 
 
-def _faults_of_field(declared: Field, is_plain: bool) -> list[str]:
-    faults = []
-    if declared.default is MISSING and declared.default_factory is MISSING:
-        faults.append(f"`extra` has the field {declared.name!r} without a default. Give it one.")
-    kinds = _kinds(declared.type)
-    if is_plain and (not all(_is_supported(kind) for kind in kinds) or (len(kinds) > 1 and str not in kinds)):
-        faults.append(
-            f"`extra` has the field {declared.name!r} of a type that no option can have. Use bool, int, float, str, "
-            "Path, Literal or a list of one of them, and `| None`."
-        )
-    return faults
+def _can_be_given(hint: Any) -> bool:
+    """Return whether the command line can give a value of this type."""
+    kinds = _kinds(hint)
+    return all(map(_is_supported, kinds)) and (len(kinds) == 1 or str in kinds)
 
 
 def _kinds(hint: Any) -> list[Any]:
