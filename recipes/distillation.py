@@ -99,8 +99,8 @@ def load_teacher(name: str) -> Any:
 def main(options: ScriptOptions) -> Result:
     extra: Options = options.extra
     packaged.prepare(extra.teacher, *options.data.values())
-    loaded = load_task(**options.data)
     teacher = load_teacher(extra.teacher)
+    loaded = load_task(**options.data)
     if teacher.config.id2label != loaded.model.config.id2label:
         theirs, ours = (list(config.id2label.values()) for config in (teacher.config, loaded.model.config))
         raise DataError(f"The teacher has the classes {theirs}, but `train_data` has {ours}. Choose another teacher.")

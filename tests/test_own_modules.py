@@ -117,3 +117,34 @@ def test_a_wrapper_gets_adapters_in_the_model_inside(model: str, tmp_path: Path)
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").eval()
     torch.testing.assert_close(merged(**batch).logits, wrapped.eval().model(**batch).logits)
+
+
+def test_a_script_may_choose_the_type_of_weights_and_the_delimiter(model: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("question|answer\na, film|good\n")
+    words = ("--dtype", "bfloat16", "--delimiter", "|", "--model", model, "--train_data", str(tmp_path / "train.csv"))
+    extra = options(*words).extra
+    assert extra.read(("question", "answer"))["train_data"][0] == {"question": "a, film", "answer": "good"}
+    assert extra.load(AutoModel)[0].dtype == torch.bfloat16
+    with pytest.raises(SettingsError, match="`load_in_4bit` is True, but weights of so few bits cannot be trained"):
+        options(*words, "--load_in_4bit").extra.load(AutoModel)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--max_val_rows", "3"], "`max_val_rows` is 3, but `val_data` is None"),
+        (["--early_stopping_patience", "2", "--validation_split", "0"], "`early_stopping_patience` needs validation"),
+    ],
+)
+def test_options_that_need_validation_data_are_refused_before_the_script_starts(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        ftaccum.run_script(pytest.fail, extra=Options, model="m", train_data="x.csv", arguments=words)
+    assert done.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_limit_on_validation_rows_needs_validation_data() -> None:
+    with pytest.raises(SettingsError, match="`max_val_rows` is 3, but `val_data` is None"):
+        Options(model="m", train_data="x.csv", max_val_rows=3).read(("question",))

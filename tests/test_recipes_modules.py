@@ -1,5 +1,6 @@
 """The recipes that train modules of their own: preferences, distillation and plain PyTorch."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
 
 from chats import save_chat_model
 from exactness import accumulated_gradients
+from ftaccum import DataError
 from ftaccum.data.columns import ColumnRules
 from ftaccum.data.padding import PaddingCollator
 from heads import relative_error
@@ -216,3 +218,41 @@ def test_plain_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run_recipe("plain_pytorch", *words) == 0
     assert "Held-out accuracy: " in capsys.readouterr().out
     load_model(plain_pytorch.DigitNet(2, 3), str(tmp_path / "out" / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("distillation", ["--weight", "5"], "`weight` must be from 0 to 1, but is 5.0 instead."),
+        ("distillation", ["--temperature", "0"], "`temperature` must be a number above 0"),
+        ("distillation", ["--teacher", "/nowhere"], "`teacher` '/nowhere' cannot be loaded"),
+        ("plain_pytorch", ["--width", "6"], "`width` must be a positive multiple of 4, but is 6 instead."),
+        ("preference", ["--beta", "0"], "`beta` must be a number above 0"),
+        ("embeddings", ["--scale", "nan"], "`scale` must be a number above 0"),
+    ],
+)
+def test_a_recipe_refuses_bad_values_of_its_options(
+    name: str, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_model = [] if name == "plain_pytorch" else ["--model", "/absent", "--train_data", "/absent.csv"]
+    assert run_recipe(name, *of_model, *words) == 2
+    assert capsys.readouterr().err.startswith(f"{name}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        (None, "cannot be read: "),
+        ({"images": torch.zeros(2)}, "does not have two tensors, images and labels. Write it with"),
+        ((torch.zeros(2, 3), torch.zeros(2)), "has images of the shape (2, 3) and labels of the shape (2,)"),
+        ((torch.zeros(2, 1, 4, 4), torch.tensor([0])), "labels of the shape (1,) and the type torch.int64. Images"),
+    ],
+)
+def test_a_file_without_images_and_labels_is_refused(saved: Any, expected: str, tmp_path: Path) -> None:
+    import plain_pytorch
+
+    file = tmp_path / "rows.pt"
+    file.write_bytes(b"not a file of torch\n") if saved is None else torch.save(saved, file)
+    with pytest.raises(DataError, match=re.escape(expected)) as raised:
+        plain_pytorch.read(str(file))
+    assert not str(raised.value).endswith("..")

@@ -12,7 +12,7 @@ from ..fields import select_fields
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
-from ..tasks.arguments import TrainArguments
+from ..tasks.arguments import TrainArguments, ValDataArguments
 from .exit_status import FAILED, OK, run_and_report
 from .extra_options import declared_options, make_extra_options, plain_fields, read_extra_options
 from .help import HelpPage
@@ -127,6 +127,8 @@ class _Script:
         if self.extra is not None:
             extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], given))
         if self.task is None:
+            if isinstance(extra, ValDataArguments) and not self.for_search:
+                _check_rows(extra, settings)
             return ScriptOptions({}, settings, extra)
         settings["lora"] = parsed[AdapterOptions].lora_argument()
         values = vars(_without_other_val_data(parsed[_TaskOptions], given))
@@ -212,6 +214,12 @@ def _check_values(parsed: Mapping[type, Any], settings: Mapping[str, Any], *, lo
         for fault in find_faults(each) + read_extra_options(each)
     ]
     refuse(faults + faults_before_loading(settings, looks_at_files=looks_at_files and is_first_process()))
+
+
+def _check_rows(extra: ValDataArguments, settings: Mapping[str, Any]) -> None:
+    from .task_checks import check_validation
+
+    check_validation(extra, settings)
 
 
 def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:

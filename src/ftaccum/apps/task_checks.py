@@ -11,7 +11,7 @@ from ..errors import refuse
 from ..runtime.accelerator import is_first_process
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
-from ..tasks.arguments import TrainArguments, faults_of_val_data
+from ..tasks.arguments import TrainArguments, ValDataArguments, faults_of_val_data
 from ..tasks.load import make_task
 from ..training.adapters import fault_of_save
 from ..training.config import faults_of_evaluation
@@ -40,6 +40,20 @@ def check_training(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[
     refuse(faults + faults_of_evaluation(recipe, has_metrics=measures, has_val_data=has_val_data))
     task.check(recipe)
     return recipe, runtime
+
+
+def check_validation(named: ValDataArguments, settings: Mapping[str, Any]) -> None:
+    """Check whether a script without a task has the validation rows that its settings need. It may have any metrics.
+
+    Raises:
+        SettingsError: with all faults.
+    """
+    recipe, _ = parse_settings(settings)
+    has_val_data = named.val_data is not None
+    faults = faults_of_evaluation(
+        recipe, has_metrics=has_val_data or recipe.validation_split > 0, has_val_data=has_val_data
+    )
+    refuse(faults_of_val_data(named) + faults)
 
 
 def check_search(named: TrainArguments, arguments: Mapping[str, Any]) -> None:
