@@ -58,20 +58,15 @@ class Options:
 
 
 class Distillation(ModelWrapper):
-    """A student and its frozen teacher, which stays in eval mode.
+    """A student and its frozen teacher, which a `ModelWrapper` keeps in eval mode.
 
     Suffixes of shapes: N rows, C classes.
     """
 
     def __init__(self, student: Any, teacher: Any, temperature: float, weight: float) -> None:
         super().__init__(student)
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = teacher.requires_grad_(False)
         self.temperature, self.weight = temperature, weight
-
-    def train(self, mode: bool = True) -> "Distillation":
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the loss, and the logits of the student."""

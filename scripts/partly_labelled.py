@@ -23,7 +23,7 @@ from transformers import (
 
 import packaged
 from ftaccum import load_task
-from packaged.files import beside
+from packaged.files import write_lines
 from workloads import Row, Workload
 
 _IGNORED, _MASKED = -100, 0.15
@@ -86,11 +86,8 @@ def _started_chats(seed: int) -> Any:
     lines = packaged.CHATS_TRAIN.read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in draw.sample(lines, _CHATS)]
     path = packaged.CACHE / f"chitchat_starts_{seed}.jsonl"
-    with beside(path).open("w", encoding="utf-8") as file:
-        for messages in chats:
-            n = 2 * (1 + int(draw.expovariate(1 / _MORE_ANSWERS)))
-            file.write(json.dumps({"messages": messages[:n]}) + "\n")
-    beside(path).rename(path)
+    starts = [messages[: 2 * (1 + int(draw.expovariate(1 / _MORE_ANSWERS)))] for messages in chats]
+    write_lines(path, (json.dumps({"messages": messages}) for messages in starts))
     return path
 
 

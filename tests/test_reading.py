@@ -322,6 +322,34 @@ def test_sources_without_weights_follow_each_other(tmp_path: Path) -> None:
     assert list(read_rows(sources(tmp_path).split(","), ReadingOptions(streaming=True))) == list(rows)
 
 
+@pytest.mark.parametrize(
+    ("limit", "from_a", "from_b"), [(12, 8, 4), (1, 1, 0), (89, 60, 29), (90, 60, 30), (99, 60, 30)]
+)
+def test_a_limit_takes_the_first_rows_of_each_source_in_proportion(
+    limit: int, from_a: int, from_b: int, tmp_path: Path
+) -> None:
+    for argument in ("train_data", "val_data"):
+        rows = read_rows(sources(tmp_path), argument=argument, limit=limit)
+        assert rows["text"][:] == [f"a{n}" for n in range(from_a)] + [f"b{n}" for n in range(from_b)]
+
+
+def test_a_limit_takes_the_first_rows_of_mixed_sources_and_of_a_stream(tmp_path: Path) -> None:
+    mixing, stream = ReadingOptions(train_data_weights="3,1"), ReadingOptions(streaming=True)
+    assert read_rows(sources(tmp_path), mixing, limit=9)["text"][:] == read_rows(sources(tmp_path), mixing)["text"][:9]
+    assert [row["text"] for row in read_rows(sources(tmp_path), stream, limit=3)] == ["a0", "a1", "a2"]
+
+
+def test_a_limit_takes_the_first_images_of_each_class_in_proportion(tmp_path: Path) -> None:
+    for name, n_images in (("cats", 4), ("dogs", 2), ("eels", 2)):
+        (tmp_path / name).mkdir()
+        for n in range(n_images):
+            Image.new("L", (2, 2), 10 * n).save(tmp_path / name / f"{n}.png")
+    rows = read_rows(str(tmp_path), limit=4)
+    assert [(row["label"], row["image"].getpixel((0, 0))) for row in rows] == [(0, 0), (0, 10), (1, 0), (2, 0)]
+    both = read_rows(f"{tmp_path},{tmp_path}", limit=8, argument="val_data")
+    assert both["label"][:] == [0, 0, 1, 2] * 2
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_weights_mix_sources_until_one_ends(streaming: bool, tmp_path: Path) -> None:
     def mixed(seed: int) -> list[str]:

@@ -198,14 +198,20 @@ def test_a_row_for_two_processes_does_not_repeat_what_is_declared() -> None:
     assert cells == ["`recipes/one.py`, 2 processes", "", "", "1,200, 75", "61 s", "2.5 GB", result, ""]
 
 
-def test_the_packaged_files_that_a_recipe_names_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipes.prepare(Path(run_recipes.__file__))  # names none
+def test_the_packaged_files_that_a_recipe_names_are_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text('"""Not packaged.SMOLLM."""\npackaged.prepare()  # nor packaged.MINILM\n')
+    run_recipes.prepare(recipe)
     import packaged
 
     prepared: list[Any] = []
     monkeypatch.setattr(packaged, "prepare", lambda *names: prepared.extend(names))
     run_recipes.prepare(run_recipes.RECIPES / "text_classification.py")
     assert prepared == [packaged.MINILM, packaged.MOVIES_TRAIN, packaged.MOVIES_VAL]
+
+    prepared.clear()
+    run_recipes.prepare(recipe)
+    assert prepared == []
 
 
 def test_memory_is_the_peak_of_all_processes_together(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, make_dataclass
+from dataclasses import MISSING, InitVar, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,8 +138,8 @@ def test_a_file_with_a_value_of_another_type_is_refused(
 @pytest.mark.parametrize(
     ("name", "kind", "default", "expected"),
     [
-        ("batch_size", int, 1, "`extra` has the field 'batch_size', which is another option of the script. Rename it."),
         ("size", int, MISSING, "`extra` has the field 'size' without a default. Give it one."),
+        ("size", InitVar[int], MISSING, "`extra` has the field 'size' without a default. Give it one."),
         ("size", tuple[int, ...], (), "`extra` has the field 'size' of a type that no option can have."),
         ("size", int | float, 1, "`extra` has the field 'size' of a type that no option can have."),
     ],
@@ -152,6 +152,67 @@ def test_extra_options_that_cannot_be_given_are_refused(
     assert expected in capsys.readouterr().err
     assert run(lambda _: pytest.fail("the script started"), extra=int) == 2
     assert "`extra` must be a dataclass, but is <class 'int'> instead." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("batch_size", "--batch-size"),
+        ("data", "--data"),
+        ("config", "--config"),
+        ("help_all", "--help-all"),
+        ("no_lora", "--no-lora"),
+        ("no_fast", "--no-fast"),
+    ],
+)
+def test_extra_options_with_a_flag_of_another_option_are_refused(
+    name: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = make_dataclass("Declared", [("fast", bool, True), (name, int, 1)])
+    assert run(lambda _: pytest.fail("the script started"), extra=declared, **OF_TASK) == 2
+    assert f"`extra` has the field {name!r}, but {flag!r} is a flag of another option." in capsys.readouterr().err
+
+
+def test_a_script_may_have_defaults_that_can_change(capsys: pytest.CaptureFixture[str]) -> None:
+    found = options(extra=Many, names=["x"], sizes=[4], freeze=["*.embeddings"], **OF_TASK)
+    assert (found.extra.names, found.extra.sizes, found.data["freeze"]) == (["x"], [4], ["*.embeddings"])
+    assert run(lambda _: pytest.fail("the script started"), lora={"r": 2}, **OF_TASK) == 2
+    assert "`lora` must be True or False, but is {'r': 2} instead." in capsys.readouterr().err
+
+
+def test_the_dataclass_of_extra_options_is_built_once(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Doubled:
+        size: int = 1
+        halves: list[float] = field(init=False)
+
+        def __post_init__(self) -> None:
+            if self.size < 1:
+                raise ValueError("`size` must be positive.")
+            self.halves, self.size = [self.size / 2], 2 * self.size
+
+    found = options("--size", "5", extra=Doubled, batch_size=1)
+    assert (found.extra.size, found.extra.halves) == (10, [2.5])
+    assert options(extra=Doubled, size=3).extra.size == 6
+    assert run(lambda _: pytest.fail("the script started"), "--size", "0", extra=Doubled) == 2
+    assert capsys.readouterr().err.endswith(": `size` must be positive.\n")
+
+
+def test_entries_and_alternatives_have_the_types_of_extra_options(tmp_path: Path) -> None:
+    @dataclass
+    class Lists:
+        folders: list[Path] | None = None
+        rates: list[float] = field(default_factory=list)
+        flags: list[bool] = field(default_factory=list)
+        size: str | float = "all"
+
+    file = tmp_path / "run.yaml"
+    file.write_text("folders: [a, b]\nrates: [1, 2.5]\nflags: [false]\nsize: 2\n")
+    found = options("--config", str(file), extra=Lists).extra
+    assert found == Lists([Path("a"), Path("b")], [1.0, 2.5], [False], 2.0)
+    assert [type(each) for each in (*found.rates, found.size)] == [float] * 3
+    found = options("--flags", "no", "yes", "--size", "most", "--folders", "none", extra=Lists, folders=["a"]).extra
+    assert found == Lists(None, [], [False, True], "most")
 
 
 def test_help_shows_extra_options_and_those_that_most_need(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,3 +339,12 @@ def test_a_search_without_a_finished_trial_fails_a_script() -> None:
     assert run(lambda _: study, for_search=True) == 1
     study.add_trial(optuna.trial.create_trial(value=0.5))
     assert run(lambda _: study, for_search=True) == 0
+
+
+@pytest.mark.parametrize(("returned", "status"), [(3, 3), (False, 1), (256, 1), ({"loss": 1.0}, 1)])
+def test_what_main_returns_is_an_exit_status_or_fails_the_script(
+    returned: Any, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(lambda _: returned) == status
+    refused = f"`main` returned {returned!r}, which tells neither success nor failure."
+    assert (refused in capsys.readouterr().err) == (status == 1)

@@ -150,6 +150,16 @@ def test_small_buffers_and_other_configurations_are_part_of_the_key(key: Any) ->
     assert len({before, with_buffer, with_config, key(model=model), None}) == 5
 
 
+def test_the_configuration_of_a_teacher_is_part_of_the_key(key: Any) -> None:
+    model, teacher = Model(2, 2), Model(2, 2)
+    model.teacher = teacher
+    found = set()
+    for number in (3, 4):
+        teacher.config = SimpleNamespace(ignored=number)  # type: ignore[assignment]
+        found.add(key(model=model))
+    assert len(found | {None}) == 3
+
+
 @pytest.mark.parametrize(
     "held", [torch.zeros(1_000_001), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), object(), [].append]
 )

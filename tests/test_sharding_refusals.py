@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.optim import SGD, AdamW, SparseAdam
 
-from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum import DataError, ModelWrapper, SettingsError, test_fine_tuning
 from ftaccum.apps.run_arguments import default_arguments
 from ftaccum.runtime.gradients.sharded import ShardedGradients
 from ftaccum.runtime.process_group import SINGLE, ProcessGroup
@@ -89,6 +89,10 @@ def test_models_and_optimizers_that_can_be_sharded() -> None:
     [
         (
             partial(with_attribute, "is_quantized", True),
+            "`model` has weights that are quantised, which FSDP2 cannot sh",
+        ),
+        (
+            lambda: ModelWrapper(with_attribute("is_quantized", True)),
             "`model` has weights that are quantised, which FSDP2 cannot sh",
         ),
         (

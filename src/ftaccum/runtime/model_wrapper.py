@@ -20,7 +20,9 @@ class ModelWrapper(nn.Module):
                 return {"loss": loss, "logits": logits}
 
     ftaccum saves `model` as it would without the wrapper, also a PEFT model, so that `from_pretrained` loads it.
-    `gradient_checkpointing` and `lora` concern `model`. Frozen modules besides it are not trained.
+    `gradient_checkpointing` and `lora` concern `model`. Modules besides it that are wholly frozen, such as a teacher,
+    are not trained, and stay in eval mode. The weights of others are trained, but not saved with `model`, which a
+    warning says.
 
     Checkpoints leave out the frozen weights of a PEFT model, as without the wrapper. They contain all other weights,
     those of frozen modules too, because `forward` or a callback may change these. So the checkpoints of a distillation
@@ -35,6 +37,15 @@ class ModelWrapper(nn.Module):
         super().__init__()
         self.model, self.config = model, getattr(model, "config", None)
 
+    def train(self, mode: bool = True) -> "ModelWrapper":
+        """Set train or eval mode. Frozen modules besides the model stay in eval mode."""
+        super().train(mode)
+        for module in self.children():
+            weights = list(module.parameters())
+            if module is not self.model and weights and not any(weight.requires_grad for weight in weights):
+                module.eval()
+        return self
+
     def get_input_embeddings(self) -> Any:
         """Return the model's input embeddings."""
         return self.model.get_input_embeddings()
@@ -43,6 +54,14 @@ class ModelWrapper(nn.Module):
 def model_to_save(model: Any) -> Any:
     """Return the model in a `ModelWrapper`; any other model itself."""
     return model_to_save(model.model) if isinstance(model, ModelWrapper) else model
+
+
+def trained_besides(model: Any) -> list[str]:
+    """Return the names of trainable weights of a `ModelWrapper` that are not those of its model."""
+    if not isinstance(model, ModelWrapper):
+        return []
+    inside = {id(weight) for weight in model_to_save(model).parameters()}
+    return [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in inside]
 
 
 def with_model_to_save(model: Any, other: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from ..data.text_columns import check_column
 from ..errors import SettingsError
@@ -68,15 +68,8 @@ def read_named(named: Any, argument: str, options: ReadingOptions, **more: Any) 
         DataError: if the rows cannot be read.
     """
     split, limit = ("train", "max_train_rows") if argument == "train_data" else ("validation", "max_val_rows")
-    rows = read_rows(getattr(named, argument), options, argument=argument, split=split, **more)
-    return first_rows(rows, getattr(named, limit))
-
-
-def first_rows(rows: Any, limit: int | None) -> Any:
-    """Return the first rows, at most `limit`; all rows if that is None."""
-    if limit is None:
-        return rows
-    return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
+    source, most = getattr(named, argument), getattr(named, limit)
+    return read_rows(source, options, argument=argument, split=split, limit=most, **more)
 
 
 def by_role(rows: Any, chosen: Mapping[str, str]) -> Any:

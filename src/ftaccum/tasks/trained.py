@@ -21,7 +21,7 @@ from .load import make_task
 from .model_source import ModelSource
 from .reading.options import ReadingOptions
 from .reading.rows import read_rows
-from .rows import by_role, first_rows
+from .rows import by_role
 from .task import EncodingOptions, Task
 
 
@@ -72,7 +72,7 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
     settings = _settings(settings, record) | _loss_settings(record)
     texts = settings["text_columns"] or ()
     options = ReadingOptions(delimiter=given.delimiter, encoding=given.encoding)
-    raw = first_rows(read_rows(given.data, options, argument="data", split="test", text_columns=texts), given.max_rows)
+    raw = read_rows(given.data, options, argument="data", split="test", text_columns=texts, limit=given.max_rows)
     assert isinstance(raw, Dataset), "only training data are streamed"
     roles = {role: kind for role, kind in task.roles.items() if needs_targets or role not in task.targets}
     chosen = choose_columns(raw.column_names, roles, {r: c for r, c in task.given.items() if r in roles}, "data")

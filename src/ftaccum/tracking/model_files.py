@@ -14,7 +14,7 @@ from ..insight.run_metadata import RunMetadata
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
-from ..runtime.model_wrapper import model_to_save
+from ..runtime.model_wrapper import model_to_save, trained_besides
 from ..runtime.process_group import lasting_process_group
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.sharding.whole_weights import whole_weights
@@ -44,6 +44,11 @@ def save_model(
         ValueError: if a merged weight is not finite.
     """
     inner = model_to_save(model)
+    if unsaved := trained_besides(model):
+        logger.warning(
+            f"The weights besides `model` of the wrapper ({unsaved[0]}, {len(unsaved)} in all) were trained, but are "
+            "not saved with the model. Checkpoints have them; `torch.save` saves them on their own."
+        )
     saved: Any = merged_copy(inner) if merges else inner
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):

@@ -1,5 +1,6 @@
-"""Several sources as one: their columns must agree, and weights may mix their rows."""
+"""Several sources as one: their columns must agree, weights may mix their rows, and a limit takes some of each."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,20 @@ def join(
         n_all = sum(map(len, rows))
         logger.info(f"`{argument}` mixes {len(mixed)} of {n_all} rows ({shares}), until one source has no more rows.")
     return mixed
+
+
+def first_of_each(rows: Dataset, sizes: Sequence[int], limit: int) -> Dataset:
+    """Return the first rows of each part of the rows, in proportion to its size. In all, these are `limit` rows.
+
+    Args:
+        sizes: the number of rows of each part, in order.
+    """
+    bounds = [0, *itertools.accumulate(sizes)]
+    if limit >= bounds[-1]:
+        return rows
+    shares = [-(-limit * bound // bounds[-1]) for bound in bounds]
+    pairs = zip(bounds, itertools.pairwise(shares), strict=False)  # the last bound begins no part
+    return rows.select([start + n for start, (before, after) in pairs for n in range(after - before)])
 
 
 def check_weights(weights: Sequence[float] | None, n_sources: int, argument: str) -> None:

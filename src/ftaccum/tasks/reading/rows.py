@@ -1,5 +1,6 @@
 """Rows from files, folders and the hub: what `train_data` and `val_data` name on a command line."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ...errors import DataError
 from .file_rows import read_files
 from .folders import read_images, read_saved
 from .hub import read_hub
-from .mixing import check_weights, join
+from .mixing import check_weights, first_of_each, join
 from .options import ReadingOptions, parse_options
 from .sources import Source, find_source
 
@@ -23,6 +24,7 @@ def read_rows(
     split: str = "train",
     seed: int = 42,
     text_columns: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Dataset | IterableDataset:
     """Read rows from one or several sources.
 
@@ -37,6 +39,8 @@ def read_rows(
         split: the split to read from a source that has several.
         seed: decides how sources with weights are mixed.
         text_columns: CSV columns to read as text, even if all their cells are numbers.
+        limit: the most rows to return; None for all. Of sources that follow each other, and of each class of a folder
+            of images, return the first rows in proportion. A stream does not know its number of rows.
 
     Returns:
         the rows, which have `column_names`; an `IterableDataset` if `options.streaming`.
@@ -56,7 +60,12 @@ def read_rows(
     check_weights(weights, len(names), argument)
     found = [find_source(name, split, argument) for name in names]  # all of them before the first is read
     read = [(name, _read(each, parsed, text_columns)) for name, each in zip(names, found, strict=True)]
-    return join(read, weights, seed, argument)
+    rows = join(read, weights, seed, argument)
+    if limit is None or isinstance(rows, IterableDataset):
+        return rows if limit is None else rows.take(limit)
+    are_mixed = weights is not None and len(read) > 1
+    sizes = [n for each, (_, part) in zip(found, read, strict=True) for n in _sizes(each, part)]
+    return first_of_each(rows, [len(rows)] if are_mixed else sizes, limit)
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:
@@ -74,6 +83,13 @@ def _names(source: str | Sequence[str]) -> list[str]:
     if "," not in whole or Path(whole).expanduser().exists():
         return [whole] if whole else []
     return [name for part in whole.split(",") if (name := part.strip())]
+
+
+def _sizes(source: Source, rows: Dataset) -> list[int]:
+    """Return the number of rows of each class of a folder of images, which follow each other; else of all rows."""
+    if source.kind != "images" or "label" not in rows.column_names:
+        return [len(rows)]
+    return [len(list(same)) for _, same in itertools.groupby(rows.select_columns("label")["label"])]
 
 
 def _read(source: Source, options: ReadingOptions, text_columns: Sequence[str]) -> Any:
