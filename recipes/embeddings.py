@@ -17,7 +17,6 @@ reverse dictionary: find the word for a definition. The saved model in OUTPUT_DI
 `AutoModel.from_pretrained(...)`.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,10 +46,6 @@ class Options(ModelAndDataOptions):
     anchor: str = field(default="definition", metadata={"help": "column of the texts that search"})
     positive: str = field(default="word", metadata={"help": "column of the texts to be found"})
     scale: float = field(default=20.0, metadata={"help": "factor of the cosine similarities in the loss"})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"`scale` must be a number above 0, but is {self.scale} instead.")
 
 
 class PairEncoder(ModelWrapper):

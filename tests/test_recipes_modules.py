@@ -260,7 +260,6 @@ def test_plain_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("distillation", ["--teacher", "/nowhere"], "`teacher` '/nowhere' cannot be loaded"),
         ("plain_pytorch", ["--width", "6"], "`width` must be a positive multiple of 4, but is 6 instead."),
         ("preference", ["--beta", "0"], "`beta` must be a number above 0"),
-        ("embeddings", ["--scale", "nan"], "`scale` must be a number above 0"),
     ],
 )
 def test_a_recipe_refuses_bad_values_of_its_options(
