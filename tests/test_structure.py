@@ -21,6 +21,7 @@ ALLOWED = {
     ("data.workers", "_worker_info"): "what torch's `get_worker_info` returns to data sets in a worker",
     ("training.trainer_arguments", "_n_gpu"): "otherwise, reading `n_gpu` would set up a device",
     ("apps.parser", "_actions"): "argparse has no public list of a parser's options",
+    ("apps.parser", "_defaults"): "argparse has no public way to take defaults back",
     ("bridges.trainer.trainer_support", "_prepare_inputs"): "trainers that generate their batches override it",
     ("apps.verify.peers", "_n_gpu"): "Trainer would use several GPUs at once",
 }
