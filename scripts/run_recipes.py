@@ -6,7 +6,7 @@ recipes/thresholds.yaml.
 
     scripts/recipes                                  # all recipes
     scripts/recipes text_classification embeddings   # some of them
-    scripts/recipes --two-processes --write          # each also on two CPU processes; figures go to docs/recipes.md
+    scripts/recipes --two-processes --write          # each also on two CPU processes; figures go to README and docs
 """
 
 import argparse
@@ -27,7 +27,7 @@ from measuring import describe_machine
 from process_tree import run_measured
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES, PAGE = ROOT / "recipes", ROOT / "docs" / "recipes.md"
+RECIPES, PAGES = ROOT / "recipes", (ROOT / "docs" / "recipes.md", ROOT / "README.md")
 TWO_PROCESSES = "two_cpu_processes.yaml"
 LONGEST = 180.0  # seconds; a recipe that takes longer gets a warning
 BEGIN, END = "<!-- figures: scripts/recipes --write -->", "<!-- end of figures -->"
@@ -236,13 +236,13 @@ def run_all(recipes: Sequence[Path], declared: dict[str, Declared], counts: Sequ
                 yield f"{recipe.stem}{on} failed. {error}"
 
 
-def main(words: Sequence[str], folder: Path = RECIPES, page: Path = PAGE) -> int:
+def main(words: Sequence[str], folder: Path = RECIPES, pages: Sequence[Path] = PAGES) -> int:
     """Run the recipes that are named, all if none is, and return the exit status."""
     options, machine = _parse(words), describe_machine()
     declared, chosen = read_declared(folder / "thresholds.yaml"), choose(folder, options.recipes)
     if undeclared := [recipe.stem for recipe in chosen if recipe.stem not in declared]:
         sys.exit(f"thresholds.yaml has no entry for {', '.join(undeclared)}.")
-    kept = rows_to_keep(page, machine, options.recipes) if options.write else []
+    kept = rows_to_keep(pages[0], machine, options.recipes) if options.write else []
 
     found, faults = list[Figures](), list[str]()
     for each in run_all(chosen, declared, (1, 2) if options.two_processes else (1,)):
@@ -259,7 +259,7 @@ def main(words: Sequence[str], folder: Path = RECIPES, page: Path = PAGE) -> int
     if options.json:
         values = {"machine": machine, "runs": [asdict(each) for each in found], "failures": faults}
         Path(options.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    if options.write:
+    for page in pages if options.write else ():
         write_table(page, machine, [*kept, *rows])
     print("\n".join(faults), end="\n" if faults else "", file=sys.stderr)
     return 1 if faults else 0
@@ -292,7 +292,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes; none: all of them")
     parser.add_argument("--two-processes", action="store_true", help="run each recipe on two CPU processes as well")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--write", action="store_true", help="put the figures into the table of docs/recipes.md")
+    parser.add_argument("--write", action="store_true", help="put the figures into README and docs/recipes.md")
     return parser.parse_args(words)
 
 

@@ -47,7 +47,7 @@ class Folder:
         (self.path / "thresholds.yaml").write_text(yaml.safe_dump(self._declared))
 
     def run(self, *words: str) -> int:
-        return run_recipes.main(words, self.path, self.page)
+        return run_recipes.main(words, self.path, [self.page])
 
 
 @pytest.fixture
