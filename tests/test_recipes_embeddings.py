@@ -132,7 +132,7 @@ def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"--scale": "0", "--model": "absent"}, "`scale` must be a number above 0, but is 0.0 instead"),
+        ({"--scale": "0", "--model": "absent"}, "`scale` must be a positive number, but is 0.0 instead"),
         ({"--model": "absent"}, "`model` 'absent' cannot be loaded"),
         ({"--positive": "reply"}, "`train_data` has no column 'reply'"),
         ({"--train_data": "blank.csv"}, "In `train_data`, row 3 has no text in the column 'answer'"),
