@@ -1,11 +1,13 @@
 """The help pages of the command line."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
 
 import pytest
 
 from ftaccum.apps.cli import COMMANDS, main
 from ftaccum.apps.examples import EXAMPLES
+from ftaccum.apps.help import HelpPage
 from ftaccum.apps.options import OPTIONS
 from ftaccum.fields import traits_of
 
@@ -48,3 +50,11 @@ def test_every_option_with_a_value_has_an_example() -> None:
     takes_value = {name for name, f in DECLARED.items() if not isinstance(f.default, bool) or f.default is MISSING}
     assert takes_value - EXAMPLES.keys() == set()
     assert EXAMPLES.keys() - DECLARED.keys() == set()
+
+
+def test_an_option_with_fixed_choices_shows_them() -> None:
+    @dataclass
+    class Options:
+        activation: Literal["relu", "tanh"] = field(default="relu", metadata={"help": "the activation"})
+
+    assert "--activation relu|tanh" in HelpPage("usage", "").show([Options], everything=True)

@@ -48,7 +48,7 @@ def unpacked(*packages: str, megabytes: int, from_source: bool = False) -> Itera
 
 
 def _pip(packages: Sequence[str], *words: str) -> None:
-    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", *packages]
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", "--disable-pip-version-check", *packages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         from ftaccum import DataError

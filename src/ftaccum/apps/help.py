@@ -4,6 +4,7 @@ import shutil
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from typing import Literal, get_args, get_origin
 
 from ..fields import traits_of
 from .examples import EXAMPLES
@@ -91,7 +92,9 @@ def usage_of(option: Field) -> str:
 
 
 def _example(option: Field) -> str:
-    """Return an example of a value. A flag is turned on by its name alone."""
+    """Return an example of a value, or the values of a Literal. A flag is turned on by its name alone."""
+    if get_origin(option.type) is Literal:
+        return "|".join(map(str, get_args(option.type)))
     default = option.default
     found = EXAMPLES.get(option.name, "" if default is False else "no" if default is True else "…")
     return found if isinstance(found, str) else found[traits_of(option).group]

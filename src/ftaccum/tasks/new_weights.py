@@ -39,5 +39,5 @@ class NewWeights:
         fits = " Does the checkpoint belong to this kind of model?" if self.level == logging.WARNING else ""
         return (
             f"New weights, which the checkpoint does not have: {', '.join(self.names[:_NAMED])}{more} "
-            f"({self.share:.1%} of the model).{fits}"
+            f"({100 * self.share:.2g}% of the model).{fits}"
         )
