@@ -1,4 +1,4 @@
-"""Classes of tables and their cells, which `_static/site.css` lays out.
+"""Classes for tables and their cells. `_static/site.css` defines their layout.
 
 - Figures such as `2.0e-7` and `1.00 (0.93–1.16)` get the class `short`: they are not wrapped.
 - Sentences in tables of three columns or more get the class `long`: they stay wide enough to read, and the table

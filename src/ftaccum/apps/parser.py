@@ -115,7 +115,7 @@ def parse_given(
 
 
 def _names_in(words: Sequence[str], parser: HfArgumentParser) -> set[str]:
-    """Return the names of the options in words that the parser has accepted. Remove its defaults."""
+    """Return the names of the options that a command line gives. The parser has accepted it, and loses its defaults."""
     parser._defaults.clear()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
