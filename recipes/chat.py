@@ -16,14 +16,14 @@ import math
 
 from accelerate import PartialState
 
+import ftaccum
 import packaged
-from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     packaged.prepare(*options.data.values())
-    loaded = load_task(**options.data)
-    result = test_fine_tuning(**loaded.arguments(), **options.settings)
+    loaded = ftaccum.load_task(**options.data)
+    result = ftaccum.test_fine_tuning(**loaded.arguments(), **options.settings)
     if result.val_loss_history:
         before, after = math.exp(result.initial_loss), math.exp(result.val_loss_history[-1])
         PartialState().print(f"Held-out perplexity of the answers: {before:.1f} before, {after:.1f} after")
@@ -31,7 +31,7 @@ def main(options: ScriptOptions) -> Result:
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="chat",

@@ -29,17 +29,8 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
+import ftaccum
 import packaged
-from ftaccum import (
-    DataError,
-    ModelWrapper,
-    Result,
-    ScriptOptions,
-    SettingsError,
-    load_task,
-    run_script,
-    test_fine_tuning,
-)
 
 
 @dataclass
@@ -57,7 +48,7 @@ class Options:
             raise ValueError(f"`weight` must be from 0 to 1, but is {self.weight} instead.")
 
 
-class Distillation(ModelWrapper):
+class Distillation(ftaccum.ModelWrapper):
     """A student and its frozen teacher, which a `ModelWrapper` keeps in eval mode.
 
     Suffixes of shapes: N rows, C classes.
@@ -88,27 +79,31 @@ def load_teacher(name: str) -> Any:
     try:
         return AutoModelForImageClassification.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise SettingsError([f"`teacher` {name!r} cannot be loaded: {error} Give a folder or a hub name."]) from error
+        raise ftaccum.SettingsError(
+            [f"`teacher` {name!r} cannot be loaded: {error} Give a folder or a hub name."]
+        ) from error
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     extra: Options = options.extra
     packaged.prepare(extra.teacher, *options.data.values())
     teacher = load_teacher(extra.teacher)
-    loaded = load_task(**options.data)
+    loaded = ftaccum.load_task(**options.data)
     if teacher.config.id2label != loaded.model.config.id2label:
         theirs, ours = (list(config.id2label.values()) for config in (teacher.config, loaded.model.config))
-        raise DataError(f"The teacher has the classes {theirs}, but `train_data` has {ours}. Choose another teacher.")
+        raise ftaccum.DataError(
+            f"The teacher has the classes {theirs}, but `train_data` has {ours}. Choose another teacher."
+        )
     arguments = loaded.arguments()
     arguments["model"] = Distillation(arguments["model"], teacher, extra.temperature, extra.weight)
-    result = test_fine_tuning(**arguments, **options.settings)
+    result = ftaccum.test_fine_tuning(**arguments, **options.settings)
     if result.metrics:
         PartialState().print(f"Held-out accuracy of the student: {result.metrics[-1]['accuracy']:.1%}")
     return result
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="image-classification",

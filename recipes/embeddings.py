@@ -18,29 +18,24 @@ reverse dictionary: find the word for a definition. The saved model in OUTPUT_DI
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModel, EvalPrediction
+from transformers import AutoModel
 
+import ftaccum
 import packaged
-from ftaccum import (
-    ModelAndDataOptions,
-    ModelWrapper,
-    Result,
-    ScriptOptions,
-    run_script,
-    test_fine_tuning,
-    tokenize_columns,
-)
 from ftaccum.losses import MultipleNegativesRankingLoss
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 
 @dataclass
-class Options(ModelAndDataOptions):
+class Options(ftaccum.ModelAndDataOptions):
     """The columns of the pairs, and the loss."""
 
     anchor: str = field(default="definition", metadata={"help": "column of the texts that search"})
@@ -48,7 +43,7 @@ class Options(ModelAndDataOptions):
     scale: float = field(default=20.0, metadata={"help": "factor of the cosine similarities in the loss"})
 
 
-class PairEncoder(ModelWrapper):
+class PairEncoder(ftaccum.ModelWrapper):
     """An encoder of both sides of a pair, with shared weights.
 
     Suffixes of shapes: N rows, L tokens, D size of an embedding.
@@ -80,10 +75,10 @@ def encode(rows: Dataset, tokenizer: Any, anchor: str, positive: str, **options:
     numbers = {text: n for n, text in enumerate(dict.fromkeys(rows[positive]))}
     pairs = Dataset.from_dict({"anchor": rows[anchor], "positive": rows[positive]})
     labelled = pairs.add_column("labels", [numbers[text] for text in rows[positive]])
-    return tokenize_columns(labelled, tokenizer, {"anchor": "anchor", "positive": "positive"}, **options)
+    return ftaccum.tokenize_columns(labelled, tokenizer, {"anchor": "anchor", "positive": "positive"}, **options)
 
 
-def retrieval(found: EvalPrediction) -> dict[str, float]:
+def retrieval(found: "EvalPrediction") -> dict[str, float]:
     """Return how well the anchors find their positives, by cosine similarity to the positives of all rows.
 
     The rank of a row is 1 for a positive that is nearest to its anchor. Positives with the same label count as one.
@@ -110,7 +105,7 @@ def retrieval(found: EvalPrediction) -> dict[str, float]:
     }
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     extra: Options = options.extra
     loss = MultipleNegativesRankingLoss(scale=extra.scale, group="labels")
     packaged.prepare(extra.model, extra.train_data, extra.val_data)
@@ -121,7 +116,7 @@ def main(options: ScriptOptions) -> Result:
         argument: encode(each, tokenizer, extra.anchor, extra.positive, model=encoder, max_length=length)
         for argument, each in rows.items()
     }
-    result = test_fine_tuning(
+    result = ftaccum.test_fine_tuning(
         PairEncoder(encoder),
         **encoded,
         tokenizer=tokenizer,
@@ -138,7 +133,7 @@ def main(options: ScriptOptions) -> Result:
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         extra=Options,

@@ -14,18 +14,18 @@ so the default is a small vision transformer with random weights. The saved mode
 `pipeline("image-classification", model=...)`.
 """
 
+import ftaccum
 import packaged
-from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     packaged.prepare(*options.data.values())
-    loaded = load_task(**options.data)
-    return test_fine_tuning(**loaded.arguments(), **options.settings)
+    loaded = ftaccum.load_task(**options.data)
+    return ftaccum.test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="image-classification",

@@ -16,12 +16,12 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from transformers import set_seed
 
-from ftaccum import Accuracy, DataError, Result, ScriptOptions, run_script, test_fine_tuning
+import ftaccum
 
 
 @dataclass
@@ -66,13 +66,13 @@ def read(file: str | None) -> tuple[Tensor, Tensor]:
         loaded = torch.load(file, weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"`train_data` {file!r} cannot be read: {reason}. {remedy}") from error
+        raise ftaccum.DataError(f"`train_data` {file!r} cannot be read: {reason}. {remedy}") from error
     is_pair = isinstance(loaded, tuple | list) and len(loaded) == 2 and all(isinstance(x, Tensor) for x in loaded)
     if not is_pair:
-        raise DataError(f"`train_data` {file!r} does not have two tensors, images and labels. {remedy}")
+        raise ftaccum.DataError(f"`train_data` {file!r} does not have two tensors, images and labels. {remedy}")
     images, labels = loaded
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels) or labels.dtype != torch.int64:
-        raise DataError(
+        raise ftaccum.DataError(
             f"`train_data` {file!r} has images of the shape {tuple(images.shape)} and labels of the shape "
             f"{tuple(labels.shape)} and the type {labels.dtype}. Images must have the shape (rows, channels, height, "
             "width), and labels the shape (rows,) and the type torch.int64."
@@ -80,15 +80,15 @@ def read(file: str | None) -> tuple[Tensor, Tensor]:
     return images.float(), labels
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     images, labels = read(options.extra.train_data)
     set_seed(options.settings["random_seed"])  # the first weights
     model = DigitNet(images.shape[1], int(labels.max()) + 1, options.extra.width)
-    result = test_fine_tuning(
+    result = ftaccum.test_fine_tuning(
         model,
         train_data=TensorDataset(images, labels),
         loss_fn=nn.CrossEntropyLoss(),
-        compute_metrics=Accuracy(),
+        compute_metrics=ftaccum.Accuracy(),
         **options.settings,
     )
     if result.metrics:
@@ -97,4 +97,4 @@ def main(options: ScriptOptions) -> Result:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, extra=Options)
+    ftaccum.run_script(main, __doc__, extra=Options)

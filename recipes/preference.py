@@ -24,7 +24,7 @@ constructed. The adapters in OUTPUT_DIR/model load with `pipeline("text-generati
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,24 +32,17 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, EvalPrediction
+from transformers import AutoModelForCausalLM
 
+import ftaccum
 import packaged
-from ftaccum import (
-    DataError,
-    ModelAndDataOptions,
-    ModelWrapper,
-    Result,
-    ScriptOptions,
-    SettingsError,
-    TextWarning,
-    run_script,
-    test_fine_tuning,
-)
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 
 @dataclass
-class Options(ModelAndDataOptions):
+class Options(ftaccum.ModelAndDataOptions):
     """The columns of the pairs, and the loss."""
 
     prompt: str = field(default="prompt", metadata={"help": "column of the prompts"})
@@ -62,7 +55,7 @@ class Options(ModelAndDataOptions):
             raise ValueError(f"`beta` must be a number above 0, but is {self.beta} instead.")
 
 
-class Preference(ModelWrapper):
+class Preference(ftaccum.ModelWrapper):
     """The DPO loss of a model with adapters.
 
     Suffixes of shapes: N pairs, L tokens.
@@ -118,7 +111,9 @@ def encode(
     rooms = [limit - max(len(chosen), len(rejected)) for _, chosen, rejected in pairs]
     skipped = [room < 1 for room in rooms]
     if all(skipped):
-        raise DataError(f"Each pair of `{argument}` has an answer of {limit} tokens or more. Raise `max_length`.")
+        raise ftaccum.DataError(
+            f"Each pair of `{argument}` has an answer of {limit} tokens or more. Raise `max_length`."
+        )
     cut = [0 < room < len(prompt) for room, (prompt, *_) in zip(rooms, pairs, strict=True)]
     warn_of_pairs(argument, cut, f"are longer than {limit} tokens. The start of their prompts is cut off.")
     warn_of_pairs(argument, skipped, f"have an answer of {limit} tokens or more and are skipped.")
@@ -141,7 +136,7 @@ def tokens_of(rows: Dataset, tokenizer: Any, extra: Options) -> list[list[list[i
         SettingsError: if the tokenizer has no chat template or no end-of-text token.
     """
     if tokenizer.chat_template is None or tokenizer.eos_token is None:
-        raise SettingsError(
+        raise ftaccum.SettingsError(
             [f"The tokenizer of {extra.model!r} has no chat template or no end-of-text token. Choose a chat model."]
         )
     messages = [[{"role": "user", "content": prompt}] for prompt in rows[extra.prompt]]
@@ -154,23 +149,23 @@ def warn_of_pairs(argument: str, flagged: list[bool], problem: str) -> None:
     """Warn once, on the first process, with the number of flagged pairs."""
     if any(flagged) and PartialState().is_main_process:
         pairs = f"{sum(flagged)} of {len(flagged)} pairs (the first is row {flagged.index(True)})"
-        warnings.warn(f"In `{argument}`, {pairs} {problem}", TextWarning, stacklevel=2)
+        warnings.warn(f"In `{argument}`, {pairs} {problem}", ftaccum.TextWarning, stacklevel=2)
 
 
-def preferences(found: EvalPrediction) -> dict[str, float]:
+def preferences(found: "EvalPrediction") -> dict[str, float]:
     """Return the share of pairs whose chosen answer has gained on the other one. A pair without a change is half."""
     margins = np.asarray(found.predictions)
     return {"accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()), "margin": float(margins.mean())}
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     extra: Options = options.extra
     packaged.prepare(extra.model, extra.train_data, extra.val_data)
     rows = extra.read((extra.prompt, extra.chosen, extra.rejected))
     model, tokenizer = extra.load(AutoModelForCausalLM)
     length = options.settings["max_length"]
     encoded = {name: encode(each, tokenizer, extra, length, name) for name, each in rows.items()}
-    result = test_fine_tuning(
+    result = ftaccum.test_fine_tuning(
         Preference(model, extra.beta),
         **encoded,
         tokenizer=tokenizer,
@@ -187,7 +182,7 @@ def main(options: ScriptOptions) -> Result:
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         extra=Options,

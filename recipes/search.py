@@ -18,17 +18,17 @@ OUTPUT_DIR/best/model, which loads with `pipeline("text-classification", model=.
 
 from optuna import Study
 
+import ftaccum
 import packaged
-from ftaccum import ScriptOptions, load_task, run_script, search
 
 
-def main(options: ScriptOptions) -> Study:
+def main(options: ftaccum.ScriptOptions) -> Study:
     packaged.prepare(*options.data.values())
-    return search(**load_task(**options.data).search_arguments(), **options.settings)
+    return ftaccum.search(**ftaccum.load_task(**options.data).search_arguments(), **options.settings)
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="text-classification",

@@ -14,22 +14,24 @@ phoneme error rate of the packaged pronunciations. The saved model in OUTPUT_DIR
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import EvalPrediction
 
+import ftaccum
 import packaged
-from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     packaged.prepare(*options.data.values())
-    loaded = load_task(**options.data)
+    loaded = ftaccum.load_task(**options.data)
     arguments = loaded.arguments()
     if "compute_metrics" in arguments:  # there are rows to evaluate
         arguments["compute_metrics"] = ErrorRate(loaded.tokenizer, arguments["compute_metrics"])
-    return test_fine_tuning(**arguments, **options.settings)
+    return ftaccum.test_fine_tuning(**arguments, **options.settings)
 
 
 class ErrorRate:
@@ -43,7 +45,7 @@ class ErrorRate:
         self.tokenizer = tokenizer
         self.task_metrics = task_metrics
 
-    def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
+    def __call__(self, evaluated: "EvalPrediction") -> dict[str, float]:
         found, wanted = self._texts(evaluated.predictions), self._texts(evaluated.label_ids)
         errors = sum(distance(one, other) for one, other in zip(found, wanted, strict=True))
         return self.task_metrics(evaluated) | {"error_rate": errors / max(1, sum(map(len, wanted)))}
@@ -66,7 +68,7 @@ def distance(found: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="seq2seq",

@@ -13,18 +13,18 @@ class numbers. The packaged data are addresses in which each word is tagged as h
 saved model in OUTPUT_DIR/model loads with `pipeline("token-classification", model=...)`.
 """
 
+import ftaccum
 import packaged
-from ftaccum import Result, ScriptOptions, load_task, run_script, test_fine_tuning
 
 
-def main(options: ScriptOptions) -> Result:
+def main(options: ftaccum.ScriptOptions) -> ftaccum.Result:
     packaged.prepare(*options.data.values())
-    loaded = load_task(**options.data)
-    return test_fine_tuning(**loaded.arguments(), **options.settings)
+    loaded = ftaccum.load_task(**options.data)
+    return ftaccum.test_fine_tuning(**loaded.arguments(), **options.settings)
 
 
 if __name__ == "__main__":
-    run_script(
+    ftaccum.run_script(
         main,
         __doc__,
         task="token-classification",

@@ -6,6 +6,7 @@ model and its rows. Both are here or in a file `test_recipes_….py`.
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from transformers import pipeline
 
+import ftaccum
 from ftaccum import Result
 from recipe_runs import RECIPES, run_recipe
 from task_files import save_encoder
@@ -57,9 +59,32 @@ def test_a_recipe_uses_the_public_api_only(name: str) -> None:
     own = {module for module in modules if module and module.split(".")[0] == "ftaccum"}
     assert "ftaccum" in own
     assert own <= {"ftaccum", "ftaccum.losses", "ftaccum.callbacks"}
+    names = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ftaccum"
+    }
+    assert names <= set(ftaccum.__all__)
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - defined
     assert {attribute for attribute in attributes if re.match(r"_(?!_)", attribute)} == set()
+
+
+def test_recipes_of_a_task_show_help_without_torch() -> None:
+    code = """
+import contextlib, runpy, sys
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(file, run_name="__main__")
+sys.exit("torch" in sys.modules)
+"""
+    names = ["text_classification", "token_classification", "question_answering", "multiple_choice", "masked_lm"]
+    names += ["image_classification", "seq2seq", "search"]
+    command = [sys.executable, "-c", code, *[str(RECIPES / f"{name}.py") for name in names]]
+    environment = os.environ | {"PYTHONPATH": str(RECIPES)}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.count("--learning_rate") >= len(names)
 
 
 def text_classification_words(folder: Path) -> list[str]:

@@ -14,10 +14,11 @@ import run_recipes
 from process_tree import run_measured
 
 RECIPE = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1], {folder!r})
 settings = json.loads(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 print("the last words")
+time.sleep(settings.get("seconds", 0.0))
 if "status" in settings:
     sys.exit(settings["status"])
 folder.mkdir(parents=True)
@@ -109,7 +110,7 @@ def test_a_recipe_without_a_result_is_a_failure(recipes: Folder, capsys: pytest.
 
 
 def test_raw_figures_are_saved(recipes: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipes.add("one")
+    recipes.add("one", {"seconds": 0.5})  # the memory of a process that ends sooner may not be seen
     monkeypatch.setattr(run_recipes, "run_measured", run_measured)
     assert recipes.run("--json", str(recipes.path / "figures.json")) == 0
     (run,) = json.loads((recipes.path / "figures.json").read_text())["runs"]
@@ -216,11 +217,11 @@ def test_the_packaged_files_that_a_recipe_names_are_prepared(monkeypatch: pytest
 
 def test_memory_is_the_peak_of_all_processes_together(tmp_path: Path) -> None:
     held = "import subprocess, sys, time; b = bytearray({}); b[::4096] = b'x' * len(b[::4096]); del b; {}"
-    child = held.format(100_000_000, "time.sleep(0.4)")
+    child = held.format(100_000_000, "time.sleep(0.8)")
     parent = held.format(70_000_000, f"sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode + 7)")
     usage = run_measured([sys.executable, "-c", parent], tmp_path / "log")
     assert usage.status == 7
-    assert usage.seconds > 0.4
+    assert usage.seconds > 0.8
     assert 170e6 < usage.peak_memory < 260e6
 
 

@@ -105,8 +105,11 @@ def test_a_quiet_search_prints_nothing_and_a_debugging_one_logs_its_trials(capsy
     assert "Update 1: " in capsys.readouterr().err
 
 
-def test_a_quiet_verification_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    for verbosity, is_shown in (("normal", True), ("quiet", False)):
+def test_a_verification_shows_a_bar_on_a_terminal_unless_it_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for on_terminal, verbosity, is_shown in ((True, "normal", True), (True, "quiet", False), (False, "normal", False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda on_terminal=on_terminal: on_terminal)
         verify(Layer(), points(8), loss_fn=nn.CrossEntropyLoss(), batch_size=2, n_splits=0, verbosity=verbosity)
         assert ("windows" in capsys.readouterr().err) == is_shown
 
@@ -114,7 +117,7 @@ def test_a_quiet_verification_shows_no_bar(capsys: pytest.CaptureFixture[str]) -
 # --- other libraries
 
 
-def test_the_bars_of_other_libraries_are_hidden_and_restored() -> None:
+def test_the_bars_of_other_libraries_are_hidden_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     def enabled() -> tuple[bool, ...]:
         return (
             not datasets.are_progress_bars_disabled(),
@@ -129,11 +132,11 @@ def test_the_bars_of_other_libraries_are_hidden_and_restored() -> None:
             (datasets.enable_progress_bars if own[0] else datasets.disable_progress_bars)()
             transformers.utils.logging.enable_progress_bar()
             (hub.enable_progress_bars if own[2] else hub.disable_progress_bars)()
-            with library_bars(shown=True):
+            for on_terminal, shown in ((True, True), (True, False), (False, True)):
+                monkeypatch.setattr(sys.stderr, "isatty", lambda on_terminal=on_terminal: on_terminal)
+                with library_bars(shown=shown):
+                    assert enabled() == (own if on_terminal and shown else (False, False, False))
                 assert enabled() == own
-            with library_bars(shown=False):
-                assert enabled() == (False, False, False)
-            assert enabled() == own
     finally:
         datasets.enable_progress_bars()
         transformers.utils.logging.enable_progress_bar()

@@ -1,6 +1,7 @@
 """Training scripts: their options, defaults, errors and exit statuses."""
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, InitVar, dataclass, field, make_dataclass
 from pathlib import Path
@@ -234,8 +235,10 @@ def test_help_shows_extra_options_and_those_that_most_need(capsys: pytest.Captur
     ("words", "shown"), [([], True), (["--progress", "no"], False), (["--verbosity", "quiet"], False)]
 )
 def test_a_script_shows_the_bars_and_messages_that_a_run_shows(
-    words: list[str], shown: bool, capsys: pytest.CaptureFixture[str]
+    words: list[str], shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
     def main(_: ScriptOptions) -> None:
         Dataset.from_dict({"x": [1, 2]}).map(lambda row: row)
         logging.getLogger("ftaccum").info("a message")

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
+from .progress_bar import can_draw_bars
+
 _FUTURE_BUFFERS = "`broadcast_buffers` is deprecated"
 _ALL_USED = "find_unused_parameters=True was specified"
 _LOAD_REPORT = " LOAD REPORT"
@@ -21,8 +23,8 @@ _LOAD_REPORT = " LOAD REPORT"
 
 @contextmanager
 def library_bars(*, shown: bool) -> Iterator[None]:
-    """Hide the progress bars of `datasets`, Transformers and the hub until exit, unless `shown`."""
-    if shown:
+    """Hide the bars of `datasets`, Transformers and the hub until exit, unless `shown` and they can be drawn."""
+    if shown and can_draw_bars():
         yield
         return
     states = (

@@ -1,11 +1,19 @@
-"""The class of all progress bars: widgets in a notebook that can show them, text elsewhere."""
+"""The class of all progress bars, and where they are drawn: widgets in a notebook, text on a terminal."""
 
+import sys
 import warnings
 
 from tqdm import TqdmWarning
+
+from .host import is_interactive
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TqdmWarning)  # in a notebook without ipywidgets, bars are text
     from tqdm.auto import tqdm
 
-__all__ = ["tqdm"]
+__all__ = ["can_draw_bars", "tqdm"]
+
+
+def can_draw_bars() -> bool:
+    """Return whether a bar can be redrawn in place: on a terminal or in a notebook, but not in a file or a pipe."""
+    return sys.stderr.isatty() or is_interactive()

@@ -158,7 +158,12 @@ class Runtime:
         None, "tensorboard, wandb, mlflow, trackio, another tracker that Accelerate supports, or all"
     )
     use_wandb: Flag = logging(False, "short for log_with=wandb")
-    progress: Flag = logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
+    progress: Flag = logging(
+        True,
+        "show progress bars, if standard error is a terminal or a notebook",
+        in_verify=True,
+        unsearchable=OWN_ARGUMENT,
+    )
     verbosity: Verbosity = logging(
         "normal",
         "how much to print: quiet (only warnings), normal, or debug (also details, such as why all logits are "

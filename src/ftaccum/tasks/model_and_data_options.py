@@ -2,19 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from transformers import AutoTokenizer
-
-from ..data.text_columns import check_column
 from ..errors import DataError, refuse
 from .adapter_options import AdapterOptions
 from .arguments import ModelArguments, TrainDataArguments, ValDataArguments, WeightArguments, faults_of_val_data
-from .model_source import ModelSource
-from .quantization import faults_of_quantization
 from .reading.options import FileOptions, ReadingOptions
-from .rows import read_named
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -46,13 +42,19 @@ class ModelAndDataOptions(
         Raises:
             SettingsError: if one of them cannot be loaded.
         """
+        # Imported here, so that a script shows its help without them.
+        from transformers import AutoTokenizer
+
+        from .model_source import ModelSource
+        from .quantization import faults_of_quantization
+
         has_adapters = self.lora_argument() is not None
         bits = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
         refuse(faults_of_quantization(**bits, has_adapters=has_adapters))
         named = ModelArguments(**{f.name: getattr(self, f.name) for f in fields(ModelArguments)})
         return ModelSource(named, model_class, AutoTokenizer, {}, self.dtype, **bits).load()
 
-    def read(self, columns: Sequence[str]) -> dict[str, Dataset]:
+    def read(self, columns: Sequence[str]) -> "dict[str, Dataset]":
         """Return the rows by argument of `test_fine_tuning`: `train_data`, and `val_data` if it is given.
 
         Args:
@@ -62,6 +64,9 @@ class ModelAndDataOptions(
             DataError: if the rows cannot be read, lack a column, or have no text in it.
             SettingsError: if there is a limit on validation rows, but no `val_data`.
         """
+        from ..data.text_columns import check_column
+        from .rows import read_named
+
         refuse(faults_of_val_data(self))
         given = ["train_data"] if self.val_data is None else ["train_data", "val_data"]
         options = ReadingOptions(delimiter=self.delimiter, encoding=self.encoding)

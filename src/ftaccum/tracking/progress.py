@@ -4,8 +4,7 @@ import sys
 import time
 from types import TracebackType
 
-from ..runtime.host import is_interactive
-from ..runtime.progress_bar import tqdm
+from ..runtime.progress_bar import can_draw_bars, tqdm
 from .ledger import WindowEntry
 
 _EVERY = 30.0  # seconds between two lines
@@ -26,7 +25,7 @@ class Progress:
             title: title of the bar.
             position: line of the bar on the screen, if there are several.
         """
-        draws = bar and (sys.stderr.isatty() or is_interactive())
+        draws = bar and can_draw_bars()
         self._n_updates, self._n_done = n_updates, 0
         self._bar = tqdm(total=n_updates, desc=title, disable=not draws, leave=False, position=position)
         self._prints, self._printed_at = lines and not draws, time.monotonic()

@@ -7,7 +7,7 @@ from optuna import Study
 from optuna.distributions import FloatDistribution
 from optuna.storages import BaseStorage
 
-from ...runtime.progress_bar import tqdm
+from ...runtime.progress_bar import can_draw_bars, tqdm
 from .definition import Search
 from .retry import n_counted
 from .space import Space
@@ -26,9 +26,9 @@ class SearchProgress:
 
     def __enter__(self) -> "SearchProgress":
         n_trials, n_ended = self._search.settings.n_trials, n_counted(self._study)
-        hidden = not self._search.progress or self._search.is_quiet
+        shown = self._search.progress and not self._search.is_quiet and can_draw_bars()
         self._print(_RULE, "SEARCH", _RULE, *self._heading(n_ended), _RULE)
-        self._bar = tqdm(total=n_trials, desc="trials", initial=n_ended, disable=hidden, position=0)
+        self._bar = tqdm(total=n_trials, desc="trials", initial=n_ended, disable=not shown, position=0)
         return self
 
     def __exit__(

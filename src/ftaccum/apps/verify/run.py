@@ -20,7 +20,7 @@ from ...planning.micro_batches import RowIndices
 from ...planning.plan import Plan
 from ...runtime.gradients.plain import GradientStrategy
 from ...runtime.memory import give_back_memory, is_out_of_memory
-from ...runtime.progress_bar import tqdm
+from ...runtime.progress_bar import can_draw_bars, tqdm
 from ...runtime.state_guards import cast_tensors, preserve_gradients, preserve_problem_type
 from ...training.base_run import Run
 from ...training.build_data import build_data
@@ -203,7 +203,7 @@ class VerificationRun(Run):
             n_random=self._settings.n_splits,
             tolerance=lambda floor: tolerance or tolerance_for(floor, *precision),
         )
-        shown = self.process_group.is_main and self.config.runtime.shows_bars
+        shown = self.process_group.is_main and self.config.runtime.shows_bars and can_draw_bars()
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             return comparison.results(bar.update)
 
