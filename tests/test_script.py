@@ -80,6 +80,16 @@ def test_given_training_data_come_without_the_default_validation_data(tmp_path: 
     assert options("--config", str(file), **OF_TASK).data["val_data"] is None
 
 
+def test_a_limit_in_the_file_does_not_outlive_the_default_validation_data(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("max_val_rows: 3\n")
+    words = ["--config", str(file)]
+    assert options(*words, **OF_TASK).data["max_val_rows"] == 3
+    assert options(*words, "--train_data", "mine.csv", **OF_TASK).data["max_val_rows"] is None
+    both = options(*words, "--train_data", "mine.csv", "--val_data", "mine_too.csv", **OF_TASK)
+    assert both.data["max_val_rows"] == 3
+
+
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("batch_size: 2\nn_epochs: 5\ntemperature: 3.0\n")

@@ -44,11 +44,12 @@ class Parsed(NamedTuple):
 
     Attributes:
         options: an instance of each dataclass, after a list of the other words if there may be such words.
-        given: the names of the options that the command line or its file gives. The others have their defaults.
+        flags, file: the names of the options that the command line and its file give. The others have their defaults.
     """
 
     options: list[Any]
-    given: set[str]
+    flags: set[str]
+    file: set[str]
 
 
 def parse(kinds: Sequence[type], arguments: Sequence[str], **more: Any) -> Any:
@@ -110,8 +111,8 @@ def parse_given(
     if unknown := [word for word in others if re.match("--|-[a-zA-Z]", word)] or others:
         raise SettingsError([f"There is no option {word!r}{options.hint(word.partition('=')[0])}" for word in unknown])
     parsed = list(parser.parse_dict(vars(namespace), allow_extra_keys=True))
-    given = _names_in(words, parser) | set(from_file)
-    return Parsed(parsed if positional is None else [getattr(namespace, positional), *parsed], given)
+    values = parsed if positional is None else [getattr(namespace, positional), *parsed]
+    return Parsed(values, _names_in(words, parser), set(from_file))
 
 
 def _names_in(words: Sequence[str], parser: HfArgumentParser) -> set[str]:

@@ -1,7 +1,7 @@
 """The command line of a training script: its options, its errors and its exit status."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -76,7 +76,7 @@ def run_script(
         for_search: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
         **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: if `train_data` is
-            given, it has no effect.
+            given, it has no effect. If a flag gives it, neither has `max_val_rows` in the file.
 
     Raises:
         SystemExit: always.
@@ -115,8 +115,8 @@ class _Script:
         extra_kinds = [] if self.extra is None else [declared_options(self.extra, others)]
         page = replace(page, first=self._first(extra_kinds, others))
         kinds = [*extra_kinds, *others]
-        options, given = _parse(kinds, words, page, self.defaults)
-        parsed = dict(zip(kinds, options, strict=True))
+        read = _parse(kinds, words, page, self.defaults)
+        parsed = dict(zip(kinds, read.options, strict=True))
         settings = {name: value for kind in run_kinds for name, value in vars(parsed[kind]).items()}
         _check_values(parsed, settings, looks_at_files=self.task is None)  # with a task, `_for_task` looks at them
         for kind in search_kinds:
@@ -125,13 +125,13 @@ class _Script:
             settings["space"] = _space(settings["space"])
         extra = None
         if self.extra is not None:
-            extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], given))
+            extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], read))
         if self.task is None:
             if isinstance(extra, ValDataArguments) and not self.for_search:
                 _check_rows(extra, settings)
             return ScriptOptions({}, settings, extra)
         settings["lora"] = parsed[AdapterOptions].lora_argument()
-        values = vars(_without_other_val_data(parsed[_TaskOptions], given))
+        values = vars(_without_other_val_data(parsed[_TaskOptions], read))
         return self._for_task(TrainArguments(**values, task=self.task), settings, extra)
 
     def _first(self, extra_kinds: Sequence[type], others: Sequence[type]) -> list[str]:
@@ -161,15 +161,16 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
     refuse([f"`run_script` has the default {name!r}, but the script has no such option." for name in unknown])
     values = {name: _as_text(value) for name, value in defaults.items()}
-    parsed, given = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
-    missing = [name for each in parsed for name in ("model", "train_data") if getattr(each, name, None) == ""]
+    read = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
+    missing = [name for each in read.options for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
     raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
     options = [
-        each if kind in raw else read_settings(type(each), vars(each)) for kind, each in zip(kinds, parsed, strict=True)
+        each if kind in raw else read_settings(type(each), vars(each))
+        for kind, each in zip(kinds, read.options, strict=True)
     ]
-    return Parsed(options, given)
+    return read._replace(options=options)
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
@@ -257,10 +258,16 @@ def _exit_status(result: Any) -> int:
     return FAILED
 
 
-def _without_other_val_data(named: Any, given: Collection[str]) -> Any:
-    """Return options of data without a default `val_data`, if `train_data` is given: they belong together."""
-    is_other = hasattr(named, "val_data") and "train_data" in given and "val_data" not in given
-    return replace(named, val_data=None) if is_other else named
+def _without_other_val_data(named: Any, read: Parsed) -> Any:
+    """Return options of data without a default `val_data`, if `train_data` is given: they belong together.
+
+    If a flag gives `train_data`, a limit in the file on the rows of the default `val_data` has no effect either.
+    """
+    given = read.flags | read.file
+    if not hasattr(named, "val_data") or "train_data" not in given or "val_data" in given:
+        return named
+    has_limit = "train_data" not in read.flags or "max_val_rows" in read.flags
+    return replace(named, val_data=None, **({} if has_limit else {"max_val_rows": None}))
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:
