@@ -170,7 +170,7 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
         each if kind in raw else read_settings(type(each), vars(each))
         for kind, each in zip(kinds, read.options, strict=True)
     ]
-    return read._replace(options=options)
+    return Parsed(options, read.flags, read.file)
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
