@@ -52,7 +52,7 @@ def cost(workload: Workload, rounds: int) -> None:
             check[:] = [passes[0] - before, now() - started]
             return found
 
-        with quiet(number), patch("ftaccum.training.build_data.measured_objective", timed):
+        with quiet(number), patch("ftaccum.training.build_objective.measured_objective", timed):
             result = ftaccum.test_fine_tuning(
                 model, train_data=rows, n_epochs=1, validation_split=0.0, batch_size=_BATCH_SIZE,
                 gradient_accumulation_steps=_K, progress=False,
@@ -167,7 +167,7 @@ def passes(names: list[str], rounds: int, cache: str | None) -> None:
 
             with (
                 quiet(0), contextlib.suppress(KeyboardInterrupt),
-                patch("ftaccum.training.build_data.measured_objective", watch.timed),
+                patch("ftaccum.training.build_objective.measured_objective", watch.timed),
                 patch("ftaccum.training.build_run.TrainingLoop.train", begin),
             ):  # fmt: skip
                 ftaccum.test_fine_tuning(

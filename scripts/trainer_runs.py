@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from embeddings_task import memory
 from ftaccum.accumulation.audit import GradientAuditor
 from ftaccum.bridges.trainer import measured_trainer
-from ftaccum.training import build_data
+from ftaccum.training import build_objective
 from host_syncs import HostSyncs
 from jobs import Job
 from measuring import DEVICE, Passes, now, quiet, short
@@ -153,9 +153,9 @@ class RecordedChecks:
         self._passes, self._waits, self._patches = passes, Counter[str]() if waits is None else waits, ExitStack()
 
     def __enter__(self) -> "RecordedChecks":
-        for module in (build_data, measured_trainer):
+        for module in (build_objective, measured_trainer):
             self._record(module, "measured_objective", self.self_checks)
-        self._record(build_data, "find_labelled_head", self.self_checks)
+        self._record(build_objective, "find_labelled_head", self.self_checks)
         self._record(GradientAuditor, "audit", self.audits)
         return self
 

@@ -94,7 +94,7 @@ def test_the_comparison_finds_labels_counted_instead_of_their_weights(monkeypatc
         objective.count = lambda batch: {"loss": len(batch["labels"])}
         return objective
 
-    monkeypatch.setattr("ftaccum.training.build_data.measured_objective", counts_labels)
+    monkeypatch.setattr("ftaccum.training.build_objective.measured_objective", counts_labels)
     assert largest_error(ROWS, unequal_rows(HEADS[ROWS]), WEIGHTS, WEIGHTS, 0.2, audit=False) > 1e-2
 
 

@@ -96,7 +96,7 @@ def test_the_check_changes_no_generators_buffers_modes_or_weights(
         found.append(state())
         return measured
 
-    monkeypatch.setattr("ftaccum.training.build_data.measured_objective", watched)
+    monkeypatch.setattr("ftaccum.training.build_objective.measured_objective", watched)
     with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'[^\n]*\nSet `on_inexact='warn'"):
         train(model, on_inexact="error", gradient_accumulation_steps=2)
     assert found[0] == found[1]

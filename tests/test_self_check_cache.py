@@ -145,9 +145,9 @@ def test_a_second_run_confirms_labelled_positions_without_comparing_them_anew(
 ) -> None:
     package = installed(LANGUAGE_MODEL)
     assert not confirms(package, partly_labelled())
-    monkeypatch.setattr("ftaccum.training.build_data.find_labelled_head", lambda *_: pytest.fail("compared anew"))
+    monkeypatch.setattr("ftaccum.training.build_objective.find_labelled_head", lambda *_: pytest.fail("compared anew"))
     said: list[str] = []
-    monkeypatch.setattr("ftaccum.training.build_data.logger", SimpleNamespace(debug=said.append))
+    monkeypatch.setattr("ftaccum.training.build_objective.logger", SimpleNamespace(debug=said.append))
     assert confirms(package, partly_labelled())
     assert said == ["Logits are computed at labelled positions only."]
 

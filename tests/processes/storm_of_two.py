@@ -18,7 +18,7 @@ from storm import storm, table
 from storm_driver import LOST, Weather, work
 
 # Collective operations before the first window and after the last one.
-MOMENTS = ["ftaccum.training.build_data.measured_objective", "ftaccum.training.build_outputs._over_processes"]
+MOMENTS = ["ftaccum.training.build_objective.measured_objective", "ftaccum.training.build_outputs._over_processes"]
 
 
 def dies_at(moment: str, folder: Path) -> Callable[[int], int]:

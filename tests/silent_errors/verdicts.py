@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftaccum import DataError, SettingsError, verify
 from ftaccum.data.collator import RowCollator
-from ftaccum.training import build_data
+from ftaccum.training import build_objective
 
 from .case import case
 
@@ -31,14 +31,14 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def counting(count: Counts, terms: tuple[str, ...] = ("loss",)) -> Any:
     """Replace the inferred terms and count of the loss by these."""
-    measured_objective = build_data.measured_objective
+    measured_objective = build_objective.measured_objective
 
     def miscounted(*arguments: Any, **named: Any) -> Any:
         objective = measured_objective(*arguments, **named)
         objective.count, objective.terms = count, terms
         return objective
 
-    return replaced(build_data, "measured_objective", miscounted)
+    return replaced(build_objective, "measured_objective", miscounted)
 
 
 def missed(model: nn.Module, rows: list[Any], **arguments: Any) -> float:

@@ -1,5 +1,6 @@
 """Collate the rows at some positions into a batch, and name the row at fault if that fails."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import DataError
@@ -7,7 +8,8 @@ from ..objective.item_counts import Batch
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from .batches import equal_batches, first_dimensions
 from .dataset import Rows
-from .row import Row
+from .row import Row, length_of
+from .short_rows import LONG_ENOUGH, SHORT
 from .values import OddRowError, is_numeric
 
 _FEW = 4
@@ -38,6 +40,7 @@ class RowCollator:
         self._sound: list[Row] = []  # one row that is known to collate with others, if there is one
         self._has_a_row_each = False
         self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
+        self._cut: Callable[[Row, int], Row | None] = getattr(collator, "cut", lambda *_: None)
 
     def __call__(self, rows: Rows, positions: Sequence[int], seed: Sequence[int] = ()) -> Batch:
         """Collate the rows at these positions.
@@ -72,6 +75,14 @@ class RowCollator:
         with preserve_rng():
             seed_all(*seed)
             return self(rows, positions, seed if rows_seed is None else rows_seed)
+
+    def shortened(self, rows: Rows, positions: Sequence[int]) -> Rows | None:
+        """Return the rows at these positions, cut to a few tokens; None if they are short, or must stay whole."""
+        whole = rows.fetch(positions)
+        if self.draws or rows.draw or max(map(length_of, whole)) <= LONG_ENOUGH:
+            return None
+        cut = [self._cut(row, n) for row, n in zip(whole, itertools.cycle(SHORT))]
+        return None if any(row is None for row in cut) else rows.subset(positions).replaced(cut)
 
     def find_draws(self, rows: Rows) -> None:
         """Find out from a few rows whether rows draw, whether the collator does, and whether one seed gives the same

@@ -13,6 +13,7 @@ from ..objective.prefixed import ids_of, mask_of
 from .columns import Along, ColumnRules, Columns
 from .documents import Documents
 from .row import Row
+from .short_rows import cut_row
 from .values import OddRowError, as_tensor
 
 _NEED_MASK = (("input_ids", -1), ("inputs_embeds", 0))  # models attend to padding in these unless a mask hides it
@@ -56,6 +57,10 @@ class PaddingCollator:
         self.left = padding_side == "left"
         self._bucketed_up_to = bucketed_up_to
         self._dtypes: dict[str, torch.dtype] = {}  # the widest of each column so far
+
+    def cut(self, row: Row, n_tokens: int) -> Row | None:
+        """Return a row cut to some tokens; None if it must stay whole."""
+        return cut_row(row, self.columns, n_tokens, self.ignore_index)
 
     def __call__(self, rows: list[Row]) -> Batch:
         """Return the batch of some rows.

@@ -1,7 +1,9 @@
 """The choice of rows to check, and to measure the loss on, before training."""
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +15,12 @@ from .collator import RowCollator
 from .dataset import Rows
 from .rare_rows import RareRows
 from .row import class_of, length_of
+from .short_rows import LONG_ENOUGH
 
 _SAMPLE, _PROBE_ROWS = 32, 4
 
 
-_LONG_ENOUGH, _TIMES_SHORTEST = 32, 1.5  # tokens: a row up to this length, or so many times the shortest, is quick
+_TIMES_SHORTEST = 1.5  # a row that is at most so many times as long as the shortest is quick to measure, too
 
 
 _STRIDE = 4
@@ -81,31 +84,49 @@ def sample_of(
             then depends on the batch that it is in.
     """
     positions, longest = _unlike(rows, candidates)
-
-    def batch_of(chosen: Sequence[int]) -> Batch:
-        return row_collator.seeded(rows, chosen, 0)  # one seed, so that rows that draw are the same each time
-
-    together = batch_of(positions)
-    in_rows = can_be_taken_apart(together, len(positions))
-    if row_collator.draws and not in_rows:
+    few = _batches(rows, row_collator, positions)
+    if row_collator.draws and few.cut is None:
         raise DataError(
             "`data_collator` is random, so the rows of an update must be collated as one batch, which is then split "
             "into micro-batches. But some tensors of its batches do not have the rows along their first dimension. "
             "Return tensors whose first dimension is the number of rows."
         )
 
+    rare = RareRows.of(rows, ignore_index, special)
+    whole = Sample(
+        row_collator.seeded(rows, [longest], 0),
+        *few,
+        names=[rows.name_of(position) for position in positions],
+        rare=_rare_groups(rows, row_collator, rare),
+        not_looked_at=rare.not_looked_at,
+    )
+    short = row_collator.shortened(rows, positions)
+    if short is None:
+        return whole
+    return replace(whole, short=replace(whole, **_batches(short, row_collator, range(len(short)))._asdict()))
+
+
+class _Batches(NamedTuple):
+    """A few rows in one batch, and functions that split them: the fields of `Sample` with these names."""
+
+    together: Batch
+    cut: Callable[[Batch, Groups], Sequence[Batch]] | None
+    collated: Callable[[Groups], Sequence[Batch]]
+
+
+def _batches(rows: Rows, row_collator: RowCollator, positions: Sequence[int]) -> _Batches:
+    def batch_of(chosen: Sequence[int]) -> Batch:
+        return row_collator.seeded(rows, chosen, 0)  # one seed, so that rows that draw are the same each time
+
     def cut_to_fit(groups: Groups) -> list[Batch]:
         return [trimmed(take(together, group)) for group in groups]  # keeps the random numbers, as in a window
 
-    rare = RareRows.of(rows, ignore_index, special)
-    return Sample(
-        batch_of([longest]),
+    together = batch_of(positions)
+    in_rows = can_be_taken_apart(together, len(positions))
+    return _Batches(
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
         cut_to_fit if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
-        [rows.name_of(position) for position in positions],
-        _rare_groups(rows, row_collator, rare),
-        rare.not_looked_at,
     )
 
 
@@ -154,7 +175,7 @@ def unlike_places(lengths: Sequence[int], classes: Sequence[int | None]) -> tupl
     """
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest = by_length[-1]
-    quick = max(_LONG_ENOUGH, _TIMES_SHORTEST * lengths[by_length[0]])
+    quick = max(LONG_ENOUGH, _TIMES_SHORTEST * lengths[by_length[0]])
     n_quick = sum(length <= quick for length in lengths)
     by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))

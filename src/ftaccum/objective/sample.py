@@ -40,6 +40,7 @@ class Sample:
         names: the name of each of the four rows in messages.
         rare: groups of rows with values that the four lack.
         not_looked_at: the labels that none of these rows has, for a message.
+        short: the same sample with the four rows cut to a few tokens; None if they are short, or must stay whole.
     """
 
     longest: Batch
@@ -49,6 +50,7 @@ class Sample:
     names: Sequence[str] = ()
     rare: Sequence[RowGroup] = ()
     not_looked_at: str = ""
+    short: "Sample | None" = None
 
     def separate(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
         """Return a batch of the four rows in groups, at the width of the batch if possible."""

@@ -37,15 +37,19 @@ class Verdict:
     @classmethod
     def of(cls, report: ExactnessReport, longest: int) -> "Verdict | None":
         """Return the verdict of a report; None if it is about anything but one exact mean by a named count."""
-        is_plain = (
-            len(report.ways) == 1
-            and report.tolerance == EXPLAINED
-            and not (report.sums or report.parts or report.balanced or report.window or report.own_rules)
-            and not (report.absent_is_zero or report.counts_before_changes or report.unmeasured)
-            and not (report.explanation.padding_sensitive or report.in_training.mixing or report.inexact())
-        )
         way = next(iter(report.ways.values()), "")
-        return cls(way, report.measured, report.shifts, longest) if is_plain else None
+        return cls(way, report.measured, report.shifts, longest) if is_plain(report) else None
+
+
+def is_plain(report: ExactnessReport) -> bool:
+    """Return whether a report is about one exact mean by a named count, and nothing else."""
+    return (
+        len(report.ways) == 1
+        and report.tolerance == EXPLAINED
+        and not (report.sums or report.parts or report.balanced or report.window or report.own_rules)
+        and not (report.absent_is_zero or report.counts_before_changes or report.unmeasured)
+        and not (report.explanation.padding_sensitive or report.in_training.mixing or report.inexact())
+    )
 
 
 @dataclass(frozen=True)

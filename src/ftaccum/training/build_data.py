@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ..data.classes import describe_draws, row_classes
-from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..data.iterable import Stream
 from ..data.loader import Loader
@@ -19,27 +17,17 @@ from ..data.validation import check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
 from ..objective.cross_entropy import CrossEntropy
-from ..objective.item_counts import ItemCounter, tensors_of
-from ..objective.labelled_check import find_labelled_head
-from ..objective.labelled_head import LabelledHead
+from ..objective.item_counts import tensors_of
 from ..objective.loss_scale import find_divisor
-from ..objective.model_forward import LossFn, ModelForward
+from ..objective.model_forward import LossFn
 from ..objective.objective import Objective
-from ..objective.sample import Sample
-from ..objective.self_check import measured_objective
-from ..objective.window_check import window_objective
 from ..objective.window_forward import WindowForward
-from ..objective.window_loss import WindowLoss
-from ..runtime.accelerator import compiles_models
-from ..runtime.log import logger
-from .build_cache import build_cache
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
+from .build_objective import build_forward, build_objective
 from .build_ranges import find_ranges
 from .build_rows import build_rows
-from .class_loss import build_class_loss
 from .config import Components, RunConfig
-from .declared import class_weights_of, ignore_index_of
-from .loss_faults import loss_fault
+from .declared import ignore_index_of
 from .metrics import has_labels
 from .token_cap import check_token_cap, longest_width
 
@@ -114,7 +102,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         check_token_cap(config, each, row_collator, is_stream=stream is not None)
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
-    forward = _forward(config, sample, rows)
+    forward = build_forward(config, sample, rows)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
@@ -126,7 +114,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     for group in few.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
-    forward, objective = _objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
+    forward, objective = build_objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
@@ -192,69 +180,3 @@ def _check_padding(components: Components, objective: Objective) -> None:
         ),
     }
     refuse([sentence for sentence, holds in faults.items() if holds])
-
-
-def _forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
-    """Return the forward pass with the loss that the arguments define, before `class_weights` and similar settings."""
-    components = config.components
-    if config.recipe.loss_over == "window":
-        assert components.loss_fn is not None, "refused with the settings"
-        window_loss = WindowLoss(components.loss_fn, components.loss_inputs)
-        window_loss.to(next(components.model.parameters()).device)
-        return WindowForward(components.model, sample, window_loss)
-    return ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
-
-
-def _objective(
-    config: RunConfig,
-    accelerator: Accelerator,
-    forward: ModelForward,
-    rows: Rows,
-    row_collator: RowCollator,
-    few: Sample,
-    labelled: list[int],
-    ignore_index: int,
-) -> tuple[ModelForward, Objective]:
-    """Return the forward pass with the loss of training, and the measured objective."""
-    components, recipe = config.components, config.recipe
-    try:
-        if isinstance(forward, WindowForward):
-            return forward, window_objective(components.model, forward, few)
-        loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
-        if loss is not None:
-            forward = ModelForward(components.model, few.together, loss)
-        cache = build_cache(config, forward.loss_fn, few, ignore_index)
-        all_logits = _needs_all_logits(config, accelerator)
-        objective = measured_objective(
-            components.model,
-            forward,
-            few,
-            item_counter=ItemCounter(ignore_index, class_weights_of(components.model, forward.loss_fn)),
-            count_items=components.count_items,
-            sums=components.reduction == "sum",
-            balances_window=recipe.router_balance == "window",
-            cache=cache,
-            tries_labels=all_logits is None,
-        )
-    except (DataError, SettingsError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
-    found: LabelledHead | str | None = all_logits or forward.labelled_head
-    if found is None:
-        found = find_labelled_head(components.model, forward, few, objective, ignore_index)
-        if isinstance(found, LabelledHead) and cache is not None:
-            cache.allow_labels(gives_logits=found.gives_logits)
-    if isinstance(found, LabelledHead):
-        forward.labelled_head = found
-        logger.debug("Logits are computed at labelled positions only.")
-    else:
-        logger.debug(f"Logits are computed at all positions: {found}.")
-    return forward, objective
-
-
-def _needs_all_logits(config: RunConfig, accelerator: Accelerator) -> str | None:
-    """Return the reason why all logits are computed, if the settings give one; else None."""
-    if config.runtime.loss_head == "full":
-        return "`loss_head` is 'full'"
-    return "the model is compiled" if config.runtime.compile or compiles_models(accelerator) else None

@@ -39,7 +39,7 @@ def find_ranges(
     """
     model, loss_fn = components.model, components.loss_fn
     device = next(model.parameters()).device
-    few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
+    few = [fresh_batch(row, device) for row in _few_rows(rows, row_collator)]
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model, *forward.modules), IndexGuard():
         for row in few:  # several, since a faulty row may end its pass before it reaches all embeddings
@@ -113,8 +113,12 @@ def _computes_binary(forward: ModelForward, model: nn.Module, row: Batch) -> boo
     return True
 
 
-def _short_rows(rows: Rows) -> list[int]:
-    """Return the positions of the shortest sampled rows, preferring those of at least two tokens."""
+def _few_rows(rows: Rows, row_collator: RowCollator) -> list[Batch]:
+    """Return the shortest sampled rows, preferring those of at least two tokens. Long ones are cut."""
     positions = sample_positions(rows)
     lengths = {position: length_of(row) for position, row in zip(positions, rows.fetch(positions), strict=True)}
-    return sorted(positions, key=lambda position: (lengths[position] < 2, lengths[position]))[:_FEW]
+    few = sorted(positions, key=lambda position: (lengths[position] < 2, lengths[position]))[:_FEW]
+    short = row_collator.shortened(rows, few)
+    if short is not None:
+        rows, few = short, list(range(len(short)))
+    return [row_collator.seeded(rows, [position], 0) for position in few]

@@ -1,0 +1,42 @@
+"""Rows cut to a few tokens, on which a loss takes less time to measure than on whole ones."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .columns import Along, Columns
+from .row import Row
+
+LONG_ENOUGH = 32  # tokens; a row up to this length is quick to measure, and is not cut
+# Tokens of cut rows: unlike, also modulo 4, so that rows are padded and a model that takes tokens in fours shows it.
+SHORT = (9, 12, 15, 18)
+_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+
+
+def cut_row(row: Row, columns: Columns | None, n_tokens: int, ignore_index: int) -> Row | None:
+    """Return a row cut to some tokens around its first label that counts, with labels that count and others if it has.
+
+    Args:
+        columns: the columns of a batch, if they are known.
+        n_tokens: the most tokens to keep.
+        ignore_index: the label that the loss ignores.
+
+    Returns:
+        The row; None if it must stay whole: if it has other columns than token ids and a label for each of them.
+    """
+    if (
+        columns is None
+        or not isinstance(row, Mapping)
+        or not {"input_ids", "labels"} <= columns.sizes.keys() <= _COLUMNS
+    ):
+        return None
+    if any(sizes != (Along.TOKENS,) for sizes in columns.sizes.values()):
+        return None
+    labels = np.asarray(row[columns.keys["labels"]])
+    places = np.flatnonzero(labels != ignore_index)
+    if not len(places):
+        return None
+    start = max(0, min(int(places[0]) - n_tokens // 2, len(labels) - n_tokens))
+    if not np.any(labels[start + 1 : start + n_tokens] != ignore_index):  # a causal model predicts no first token
+        return None
+    return {key: row[key][start : start + n_tokens] for key in columns.keys.values()}

@@ -1,0 +1,151 @@
+"""The forward pass with its loss, and the objective: how the loss is counted, measured on a few rows."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data.collator import RowCollator
+from ..data.dataset import Rows
+from ..errors import DataError, SettingsError
+from ..objective.item_counts import ItemCounter
+from ..objective.labelled_check import find_labelled_head
+from ..objective.labelled_head import LabelledHead
+from ..objective.model_forward import ModelForward
+from ..objective.objective import Objective
+from ..objective.sample import Sample
+from ..objective.self_check import measured_objective
+from ..objective.self_check_cache import VerdictCache, is_plain
+from ..objective.window_check import window_objective
+from ..objective.window_forward import WindowForward
+from ..objective.window_loss import WindowLoss
+from ..runtime.accelerator import compiles_models
+from ..runtime.log import logger
+from ..runtime.memory import give_back_memory, is_out_of_memory
+from .build_cache import build_cache
+from .class_loss import build_class_loss
+from .config import RunConfig
+from .declared import class_weights_of
+from .loss_faults import loss_fault
+
+
+def build_forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
+    """Return the forward pass with the loss that the arguments define, before `class_weights` and similar settings."""
+    components = config.components
+    if config.recipe.loss_over == "window":
+        assert components.loss_fn is not None, "refused with the settings"
+        window_loss = WindowLoss(components.loss_fn, components.loss_inputs)
+        window_loss.to(next(components.model.parameters()).device)
+        return WindowForward(components.model, sample, window_loss)
+    return ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
+
+
+def build_objective(
+    config: RunConfig,
+    accelerator: Accelerator,
+    forward: ModelForward,
+    rows: Rows,
+    row_collator: RowCollator,
+    few: Sample,
+    labelled: list[int],
+    ignore_index: int,
+) -> tuple[ModelForward, Objective]:
+    """Return the forward pass with the loss of training, and the measured objective.
+
+    Args:
+        forward: the forward pass before `class_weights` and similar settings.
+        few: the rows to measure on.
+        labelled: positions of rows with labels that count, for messages.
+        ignore_index: the label that the loss ignores.
+
+    Raises:
+        DataError: if the rows have no loss that can be measured.
+        SettingsError: if the loss has no gradient, or the settings do not fit it.
+    """
+    components, recipe = config.components, config.recipe
+    try:
+        if isinstance(forward, WindowForward):
+            return forward, window_objective(components.model, forward, few)
+        loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
+        if loss is not None:
+            forward = ModelForward(components.model, few.together, loss)
+        cache = build_cache(config, forward.loss_fn, few, ignore_index)
+        all_logits = _needs_all_logits(config, accelerator)
+        measure = partial(_measure, config, ignore_index, cache, all_logits is None)
+        short = few.short if forward.is_own and config.runtime.audit else None
+        forward, objective, few = _measured(forward, short, few, measure)
+    except (DataError, SettingsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
+    found: LabelledHead | str | None = all_logits or forward.labelled_head
+    if found is None:
+        found = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        if isinstance(found, LabelledHead) and cache is not None:
+            cache.allow_labels(gives_logits=found.gives_logits)
+    if isinstance(found, LabelledHead):
+        forward.labelled_head = found
+        logger.debug("Logits are computed at labelled positions only.")
+    else:
+        logger.debug(f"Logits are computed at all positions: {found}.")
+    return forward, objective
+
+
+def _measured(
+    forward: ModelForward,
+    short: Sample | None,
+    whole: Sample,
+    measure: Callable[[ModelForward, Sample], Objective],
+) -> tuple[ModelForward, Objective, Sample]:
+    """Return the forward pass, the objective and the rows that it was measured on.
+
+    Rows that are cut to a few tokens are enough for a model's own loss, if they show that it accumulates exactly, and
+    if audits compare whole rows later. What else they show may come from the cut, so the whole rows are measured then.
+
+    Args:
+        short: the cut rows; None to measure whole ones only.
+    """
+    if short is not None:
+        tried = copy.deepcopy(forward)
+        try:
+            objective = measure(tried, short)
+        except Exception as error:  # a model may need rows of one length
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                give_back_memory()
+        else:
+            if is_plain(objective.report):
+                return tried, objective, short
+        logger.debug("The self-check measures whole rows: cut ones do not show an exact loss.")
+    return forward, measure(forward, whole), whole
+
+
+def _measure(
+    config: RunConfig,
+    ignore_index: int,
+    cache: VerdictCache | None,
+    tries_labels: bool,
+    forward: ModelForward,
+    few: Sample,
+) -> Objective:
+    model = config.components.model
+    return measured_objective(
+        model,
+        forward,
+        few,
+        item_counter=ItemCounter(ignore_index, class_weights_of(model, forward.loss_fn)),
+        count_items=config.components.count_items,
+        sums=config.components.reduction == "sum",
+        balances_window=config.recipe.router_balance == "window",
+        cache=cache,
+        tries_labels=tries_labels,
+    )
+
+
+def _needs_all_logits(config: RunConfig, accelerator: Accelerator) -> str | None:
+    """Return the reason why all logits are computed, if the settings give one; else None."""
+    if config.runtime.loss_head == "full":
+        return "`loss_head` is 'full'"
+    return "the model is compiled" if config.runtime.compile or compiles_models(accelerator) else None
