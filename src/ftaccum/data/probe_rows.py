@@ -103,7 +103,8 @@ def sample_of(
     short = row_collator.shortened(rows, positions)
     if short is None:
         return whole
-    return replace(whole, short=replace(whole, **_batches(short, row_collator, range(len(short)))._asdict()))
+    cut = _batches(short, row_collator, range(len(short)))
+    return replace(whole, short=replace(whole, together=cut.together, cut=cut.cut, collated=cut.collated))
 
 
 class _Batches(NamedTuple):
