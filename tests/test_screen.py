@@ -143,6 +143,12 @@ def test_the_bars_of_other_libraries_are_hidden_and_restored(monkeypatch: pytest
     assert enabled() == before
 
 
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=print)])
+def test_no_bars_are_drawn_without_a_standard_error(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not ftaccum.runtime.progress_bar.can_draw_bars()
+
+
 def fail_to_load() -> None:
     MODELING.warning(REPORT)
     raise RuntimeError("see the report above")

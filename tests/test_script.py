@@ -89,6 +89,18 @@ def test_a_limit_in_the_file_does_not_outlive_the_default_validation_data(tmp_pa
     both = options(*words, "--train_data", "mine.csv", "--val_data", "mine_too.csv", **OF_TASK)
     assert both.data["max_val_rows"] == 3
 
+    file.write_text("train_data: mine.csv\n")
+    assert options(*words, max_val_rows=3, **OF_TASK).data["max_val_rows"] is None
+
+
+def test_validation_data_of_extra_options_need_no_limit() -> None:
+    @dataclass
+    class Named:
+        train_data: str = "rows.csv"
+        val_data: str | None = "held.csv"
+
+    assert options("--train_data", "mine.csv", extra=Named).extra == Named("mine.csv", None)
+
 
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"

@@ -1,8 +1,6 @@
 """The self-check on rows that are cut to a few tokens: what is cut, what it finds, and when whole rows are measured."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from ftaccum import InexactLossError, InexactLossWarning, test_fine_tuning
+from ftaccum import DataError, InexactLossError, InexactLossWarning, test_fine_tuning
 from ftaccum.data.columns import ColumnRules, Columns
 from ftaccum.data.short_rows import SHORT, cut_row
 from ftaccum.objective.self_check import measured_objective
-from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch_gradient, relative_error
+from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 SMALL: dict[str, Any] = {
     "n_epochs": 1, "validation_split": 0.0, "progress": False, "batch_size": 2, "gradient_accumulation_steps": 4,
@@ -77,17 +75,23 @@ class OddBeyond(Chat):
         return mean * (1 + attention_mask[:, 20:].sum() / 100)
 
 
-@contextmanager
-def shapes_of_passes(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
-    """Record the shapes of the ids of all forward passes."""
+@pytest.fixture
+def of_check(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that gets the shapes of the ids of all forward passes of the self-check."""
     shapes: list[tuple[int, int]] = []
 
-    def before(_: nn.Module, args: Any, given: dict[str, Any]) -> None:  # noqa: ARG001
+    def watched(model: nn.Module, *arguments: Any, **named: Any) -> Any:
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            return measured_objective(model, *arguments, **named)
+        finally:
+            handle.remove()
+
+    def before(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
         shapes.append(tuple(given["input_ids"].shape))
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    yield shapes
-    handle.remove()
+    monkeypatch.setattr("ftaccum.training.build_objective.measured_objective", watched)
+    return shapes
 
 
 @pytest.mark.parametrize("n_tokens", SHORT)
@@ -121,46 +125,57 @@ def test_other_rows_stay_whole(changed: dict[str, Any]) -> None:
     assert cut_row(row, Columns.of([row, row], ColumnRules()), 9, -100) is None
 
 
-def test_only_the_longest_row_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, of_check = Chat(5000), list[tuple[int, int]]()
-
-    def watched(*arguments: Any, **named: Any) -> Any:
-        shapes.clear()
-        objective = measured_objective(*arguments, **named)
-        of_check.extend(shapes)
-        return objective
-
-    monkeypatch.setattr("ftaccum.training.build_objective.measured_objective", watched)
-    with shapes_of_passes(model) as shapes:
-        test_fine_tuning(model, train_data=MANY_LABELS, max_updates=1, **SMALL)
+def test_only_the_longest_row_and_rare_ones_are_measured_whole(of_check: list[tuple[int, int]]) -> None:
+    test_fine_tuning(Chat(5000), train_data=MANY_LABELS, max_updates=1, **SMALL)
     assert of_check[0] == (1, 75)
     assert {width for _, width in of_check[1:]} == {9, 12, 18}
 
 
-def test_an_update_equals_one_batch_after_a_check_on_cut_rows() -> None:
+def test_an_update_equals_one_batch_after_a_check_on_cut_rows(of_check: list[tuple[int, int]]) -> None:
     with all_in_float64():
         model = LLAMA.model()
         wanted = one_batch_gradient(LLAMA.model(), ROWS[:8])
         recorder = RecordingOptimizer(model)
         test_fine_tuning(model, train_data=ROWS[:8], optimizer=recorder, gradient_clip_norm=None, **SMALL)
+    assert (4, 18) in of_check
     assert relative_error(recorder.gradients[0], wanted) < 1e-12
 
 
-def test_a_model_that_takes_no_short_rows_is_measured_on_whole_ones() -> None:
-    model = FixedLength(5000)
-    with shapes_of_passes(model) as shapes:
-        test_fine_tuning(model, train_data=MANY_LABELS, max_updates=1, on_inexact="error", **SMALL)
-    assert max(width for _, width in shapes) > 36
+def test_a_model_that_takes_no_short_rows_is_measured_on_whole_ones(of_check: list[tuple[int, int]]) -> None:
+    test_fine_tuning(FixedLength(5000), train_data=MANY_LABELS, max_updates=1, on_inexact="error", **SMALL)
+    assert max(width for rows, width in of_check if rows == 4) > 36
+
+
+@pytest.mark.parametrize("kind", [Chat, FixedLength])
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_a_number_out_of_range_after_the_cut_is_refused(kind: type[Chat], column: str) -> None:
+    rows = [*ROWS, {name: list(values) for name, values in ROWS[0].items()}]
+    rows[-1][column][-1] = 61
+    with pytest.raises(DataError, match="row 16 has .*61"):
+        test_fine_tuning(kind(), train_data=rows, **SMALL)
+
+
+def test_a_collator_may_have_an_attribute_named_cut(of_check: list[tuple[int, int]]) -> None:
+    class Collator:
+        cut = width = 512
+
+        def __call__(self, rows: list[Any]) -> dict[str, Tensor]:
+            return one_batch(rows)
+
+    test_fine_tuning(Chat(), train_data=ROWS, data_collator=Collator(), max_updates=1, **SMALL)
+    assert min(width for _, width in of_check) > 32
 
 
 def test_an_inexact_loss_has_the_message_of_whole_rows() -> None:
-    messages: list[str] = []
+    found = []
     for audit in (True, False):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             test_fine_tuning(Summed(5000), train_data=MANY_LABELS, max_updates=1, audit=audit, **SMALL)
-        messages += [str(w.message) for w in caught if w.category is InexactLossWarning][:1]
-    assert len(set(messages)) == 1 < len(messages)
+        messages = [str(each.message) for each in caught if each.category is InexactLossWarning]
+        found.append([message for message in messages if "audit" not in message.lower()])
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
 
 
 @pytest.mark.parametrize("audit", [True, False])

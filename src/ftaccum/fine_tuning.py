@@ -318,7 +318,7 @@ def test_fine_tuning(
             that are installed, a tracker object, or a list of these. Each tracker runs in its own thread, and the run
             continues if it raises or hangs. Their files are in `output_dir`. Without a login, W&B works offline.
         use_wandb: short for `log_with="wandb"`.
-        progress: show progress bars, if standard error is a terminal or a notebook.
+        progress: show progress bars in a terminal or a notebook.
         verbosity: "quiet" prints only warnings: no sizes, no tables, no progress bar and no messages. "normal" prints
             them. "debug" also logs how the loss was measured, how each window was cut, each audit and each checkpoint.
 

@@ -75,8 +75,8 @@ def run_script(
             values and raise ValueError, whose message is shown.
         for_search: whether the options are those of `ftaccum search`, for a script that calls `search`.
         arguments: the words of the command line; None: those of this process.
-        **defaults: defaults of options. A default `val_data` belongs to the default `train_data`: if `train_data` is
-            given, it has no effect. If a flag gives it, neither has `max_val_rows` in the file.
+        **defaults: defaults of options. If `train_data` is given, a default `val_data` and its `max_val_rows` have no
+            effect. If a flag gives it, a `max_val_rows` in the file has no effect either.
 
     Raises:
         SystemExit: always.
@@ -224,7 +224,7 @@ def _check_rows(extra: ValDataArguments, settings: Mapping[str, Any]) -> None:
 
 
 def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
-    """Call `main`. Show messages and progress bars of ftaccum and other libraries as `verbosity` and `progress` say."""
+    """Call `main`. Show messages and progress bars of ftaccum and other libraries as the settings say."""
     from ..tasks.load import loading
 
     with loading(verbosity=options.settings["verbosity"], progress=options.settings["progress"]):
@@ -259,15 +259,17 @@ def _exit_status(result: Any) -> int:
 
 
 def _without_other_val_data(named: Any, read: Parsed) -> Any:
-    """Return options of data without a default `val_data`, if `train_data` is given: they belong together.
+    """Return options of data without a default `val_data` and its limit, if other training data are given.
 
-    If a flag gives `train_data`, a limit in the file on the rows of the default `val_data` has no effect either.
+    If a flag gives `train_data`, a limit in the file has no effect either.
     """
     given = read.flags | read.file
     if not hasattr(named, "val_data") or "train_data" not in given or "val_data" in given:
         return named
-    has_limit = "train_data" not in read.flags or "max_val_rows" in read.flags
-    return replace(named, val_data=None, **({} if has_limit else {"max_val_rows": None}))
+    changed: dict[str, Any] = {"val_data": None}
+    if hasattr(named, "max_val_rows") and "max_val_rows" not in (read.flags if "train_data" in read.flags else given):
+        changed["max_val_rows"] = None
+    return replace(named, **changed)
 
 
 def _space(words: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ..objective.item_counts import Batch
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from .batches import equal_batches, first_dimensions
 from .dataset import Rows
+from .padding import PaddingCollator
 from .row import Row, length_of
 from .short_rows import LONG_ENOUGH, SHORT
 from .values import OddRowError, is_numeric
@@ -39,8 +40,9 @@ class RowCollator:
         self.draws, self.repeats = False, True
         self._sound: list[Row] = []  # one row that is known to collate with others, if there is one
         self._has_a_row_each = False
-        self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
-        self._cut: Callable[[Row, int], Row | None] = getattr(collator, "cut", lambda *_: None)
+        padding = collator if isinstance(collator, PaddingCollator) else None
+        self.width: Callable[[int], int] = (lambda length: length) if padding is None else padding.width
+        self._cut: Callable[[Row, int], Row | None] = (lambda *_: None) if padding is None else padding.cut
 
     def __call__(self, rows: Rows, positions: Sequence[int], seed: Sequence[int] = ()) -> Batch:
         """Collate the rows at these positions.
@@ -77,7 +79,7 @@ class RowCollator:
             return self(rows, positions, seed if rows_seed is None else rows_seed)
 
     def shortened(self, rows: Rows, positions: Sequence[int]) -> Rows | None:
-        """Return the rows at these positions, cut to a few tokens; None if they are short, or must stay whole."""
+        """Return the rows at these positions, cut to at most 18 tokens; None if they are short, or must stay whole."""
         whole = rows.fetch(positions)
         if self.draws or rows.draw or max(map(length_of, whole)) <= LONG_ENOUGH:
             return None

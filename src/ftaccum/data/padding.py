@@ -59,7 +59,7 @@ class PaddingCollator:
         self._dtypes: dict[str, torch.dtype] = {}  # the widest of each column so far
 
     def cut(self, row: Row, n_tokens: int) -> Row | None:
-        """Return a row cut to some tokens; None if it must stay whole."""
+        """Return a row cut to at most so many tokens; None if it must stay whole."""
         return cut_row(row, self.columns, n_tokens, self.ignore_index)
 
     def __call__(self, rows: list[Row]) -> Batch:

@@ -103,8 +103,8 @@ def sample_of(
     short = row_collator.shortened(rows, positions)
     if short is None:
         return whole
-    cut = _batches(short, row_collator, range(len(short)))
-    return replace(whole, short=replace(whole, together=cut.together, cut=cut.cut, collated=cut.collated))
+    few = _batches(short, row_collator, range(len(short)))
+    return replace(whole, short=replace(whole, together=few.together, cut=few.cut, collated=few.collated))
 
 
 class _Batches(NamedTuple):

@@ -14,7 +14,7 @@ _COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "labels"}
 
 
 def cut_row(row: Row, columns: Columns | None, n_tokens: int, ignore_index: int) -> Row | None:
-    """Return a row cut to some tokens around its first label that counts, with labels that count and others if it has.
+    """Return a row cut to at most `n_tokens` tokens around its first label that counts.
 
     Args:
         columns: the columns of a batch, if they are known.
@@ -22,7 +22,8 @@ def cut_row(row: Row, columns: Columns | None, n_tokens: int, ignore_index: int)
         ignore_index: the label that the loss ignores.
 
     Returns:
-        The row; None if it must stay whole: if it has other columns than token ids and a label for each of them.
+        The row; None if it must stay whole: if a batch has columns other than token ids, masks and a label for each
+        token, which would not fit a part of a row, or if no label of the part counts.
     """
     if (
         columns is None

@@ -16,4 +16,5 @@ __all__ = ["can_draw_bars", "tqdm"]
 
 def can_draw_bars() -> bool:
     """Return whether a bar can be redrawn in place: on a terminal or in a notebook, but not in a file or a pipe."""
-    return sys.stderr.isatty() or is_interactive()
+    is_terminal = getattr(sys.stderr, "isatty", None)  # standard error may be None, or an object that only writes
+    return bool(is_terminal and is_terminal()) or is_interactive()

@@ -160,7 +160,7 @@ class Runtime:
     use_wandb: Flag = logging(False, "short for log_with=wandb")
     progress: Flag = logging(
         True,
-        "show progress bars, if standard error is a terminal or a notebook",
+        "show progress bars in a terminal or a notebook",
         in_verify=True,
         unsearchable=OWN_ARGUMENT,
     )

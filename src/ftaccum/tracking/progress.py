@@ -20,7 +20,7 @@ class Progress:
 
         Args:
             n_updates: number of updates in the whole run.
-            bar: whether to draw a bar, if standard error is a terminal or a notebook.
+            bar: whether to draw a bar where bars can be drawn.
             lines: whether to print lines to standard output if there is no bar.
             title: title of the bar.
             position: line of the bar on the screen, if there are several.

@@ -24,7 +24,7 @@ from ..objective.window_forward import WindowForward
 from ..objective.window_loss import WindowLoss
 from ..runtime.accelerator import compiles_models
 from ..runtime.log import logger
-from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.memory import is_out_of_memory
 from .build_cache import build_cache
 from .class_loss import build_class_loss
 from .config import RunConfig
@@ -76,7 +76,7 @@ def build_objective(
         all_logits = _needs_all_logits(config, accelerator)
         measure = partial(_measure, config, ignore_index, cache, all_logits is None)
         short = few.short if forward.is_own and config.runtime.audit else None
-        forward, objective, few = _measured(forward, short, few, measure)
+        forward, objective, few = _measured_on_short_or_whole(forward, short, few, measure)
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -94,7 +94,7 @@ def build_objective(
     return forward, objective
 
 
-def _measured(
+def _measured_on_short_or_whole(
     forward: ModelForward,
     short: Sample | None,
     whole: Sample,
@@ -102,23 +102,24 @@ def _measured(
 ) -> tuple[ModelForward, Objective, Sample]:
     """Return the forward pass, the objective and the rows that it was measured on.
 
-    Rows that are cut to a few tokens are enough for a model's own loss, if they show that it accumulates exactly, and
-    if audits compare whole rows later. What else they show may come from the cut, so the whole rows are measured then.
+    The cut rows come first. If they show one exact mean, they are enough, because audits check whole rows later. Any
+    other finding may come from the cut, so the whole rows are measured instead.
 
     Args:
-        short: the cut rows; None to measure whole ones only.
+        short: the cut rows; None to measure whole ones at once.
     """
     if short is not None:
-        tried = copy.deepcopy(forward)
+        tried = copy.deepcopy(forward)  # measuring changes it: where its loss is, its terms, its labelled head
         try:
             objective = measure(tried, short)
         except Exception as error:  # a model may need rows of one length
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                give_back_memory()
+                raise  # whole rows do not fit either
+            logger.debug(f"The self-check measures whole rows: cut ones raise {error!r}.")
         else:
             if is_plain(objective.report):
                 return tried, objective, short
-        logger.debug("The self-check measures whole rows: cut ones do not show an exact loss.")
+            logger.debug("The self-check measures whole rows: on cut ones, the loss is not one exact mean.")
     return forward, measure(forward, whole), whole
 
 

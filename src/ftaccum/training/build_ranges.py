@@ -39,7 +39,7 @@ def find_ranges(
     """
     model, loss_fn = components.model, components.loss_fn
     device = next(model.parameters()).device
-    few = [fresh_batch(row, device) for row in _few_rows(rows, row_collator)]
+    few = [fresh_batch(row, device) for row in _few_rows(forward, model, rows, row_collator)]
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model, *forward.modules), IndexGuard():
         for row in few:  # several, since a faulty row may end its pass before it reaches all embeddings
@@ -113,12 +113,18 @@ def _computes_binary(forward: ModelForward, model: nn.Module, row: Batch) -> boo
     return True
 
 
-def _few_rows(rows: Rows, row_collator: RowCollator) -> list[Batch]:
-    """Return the shortest sampled rows, preferring those of at least two tokens. Long ones are cut."""
+def _few_rows(forward: ModelForward, model: nn.Module, rows: Rows, row_collator: RowCollator) -> list[Batch]:
+    """Return the shortest sampled rows, each as a batch. Prefer rows of at least two tokens, and cut long ones.
+
+    They stay whole if the model takes no cut row: its failed passes would show no ranges.
+    """
     positions = sample_positions(rows)
     lengths = {position: length_of(row) for position, row in zip(positions, rows.fetch(positions), strict=True)}
     few = sorted(positions, key=lambda position: (lengths[position] < 2, lengths[position]))[:_FEW]
-    short = row_collator.shortened(rows, few)
+    short = row_collator.shortened(rows, few) if forward.is_own else None
     if short is not None:
-        rows, few = short, list(range(len(short)))
+        device = next(model.parameters()).device
+        cut = [row_collator.seeded(short, [place], 0) for place in range(len(short))]
+        if any(_takes(forward, model, fresh_batch(row, device)) for row in cut):
+            return cut
     return [row_collator.seeded(rows, [position], 0) for position in few]

@@ -83,7 +83,7 @@ def search(
             Nothing is pruned.
         refit: at the end, run the best trial again and save its model to `output_dir/best/model`.
         output_dir: folder for the study, a folder per trial, the table, plots, and `report.html`.
-        progress: show progress bars, if standard error is a terminal or a notebook, and a line per trial.
+        progress: show a line per trial, and progress bars in a terminal or a notebook.
         verbosity: "quiet" prints only warnings; "debug" also logs the messages of the trials' runs.
         **arguments: further arguments of `test_fine_tuning`, for all trials. `metric_for_best` and `greater_is_better`
             define the value of a trial. Each trial gets deep copies of the `callbacks`, so that their state does not

@@ -80,7 +80,7 @@ def verify(
         tolerance: the largest relative error that counts as exact. None: 4 times the error that rounding causes, within
             bounds that depend on the precision. This error is the difference between one batch and the same batch with
             its rows reversed and its loss multiplied by a third.
-        progress: whether to show a progress bar, if standard error is a terminal or a notebook.
+        progress: whether to show a progress bar in a terminal or a notebook.
         verbosity: "quiet" shows only warnings, and no progress bar; "debug" also logs how the loss was measured.
 
     The other arguments are those of `test_fine_tuning`, and mean the same.
