@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-import numpy as np
+import torch
 
 from .columns import Along, Columns
 from .row import Row
@@ -23,7 +23,7 @@ def cut_row(row: Row, columns: Columns | None, n_tokens: int, ignore_index: int)
 
     Returns:
         The row; None if it must stay whole: if a batch has columns other than token ids, masks and a label for each
-        token, which would not fit a part of a row, or if no label of the part counts.
+        token, which would not fit a part of a row, if no label of the part counts, or if the row has padding.
     """
     if (
         columns is None
@@ -33,11 +33,12 @@ def cut_row(row: Row, columns: Columns | None, n_tokens: int, ignore_index: int)
         return None
     if any(sizes != (Along.TOKENS,) for sizes in columns.sizes.values()):
         return None
-    labels = np.asarray(row[columns.keys["labels"]])
-    places = np.flatnonzero(labels != ignore_index)
-    if not len(places):
+    counts_L = torch.as_tensor(row[columns.keys["labels"]]) != ignore_index
+    if not counts_L.any():
         return None
-    start = max(0, min(int(places[0]) - n_tokens // 2, len(labels) - n_tokens))
-    if not np.any(labels[start + 1 : start + n_tokens] != ignore_index):  # a causal model predicts no first token
+    start = max(0, min(int(counts_L.nonzero()[0]) - n_tokens // 2, len(counts_L) - n_tokens))
+    if not counts_L[start + 1 : start + n_tokens].any():  # a causal model predicts no first token
         return None
+    if "attention_mask" in columns.keys and not torch.as_tensor(row[columns.keys["attention_mask"]]).all():
+        return None  # padding that a model takes in whole rows shows in these only
     return {key: row[key][start : start + n_tokens] for key in columns.keys.values()}

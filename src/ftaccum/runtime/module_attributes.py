@@ -39,9 +39,10 @@ def has_hooks_after(module: nn.Module) -> bool:
 
 
 class ModuleAttributes:
-    """A snapshot of the plain attributes of modules, which are neither parameters nor buffers, and of their hooks.
+    """A snapshot of the plain attributes of modules, which are neither parameters nor buffers, of hooks and submodules.
 
-    Some models install forward hooks in their first pass and set an attribute that says so. If only the attribute were
+    Some models replace a submodule in a pass, and set an attribute that says so: BigBird, its attention, if rows are
+    short. Some install forward hooks in their first pass and set an attribute that says so. If only the attribute were
     restored, they would install them again, and collect their hidden states twice.
     """
 
@@ -53,6 +54,7 @@ class ModuleAttributes:
         self._kept = {
             module: {name: snapshots.keep(value) for name, value in _attributes(module)} for module in everything
         }
+        self._submodules = {module: dict(vars(module)["_modules"]) for module in everything}
         self._hooks = {module: {name: set(vars(module)[name]) for name in _HOOKS} for module in everything}
 
     def changed(self) -> list[str]:
@@ -65,7 +67,12 @@ class ModuleAttributes:
         ]
 
     def restore(self) -> None:
-        """Restore all attributes; delete new ones and new forward hooks. Warn about those that cannot be restored."""
+        """Restore all attributes and replaced submodules; delete new attributes and new forward hooks.
+
+        New submodules stay, because they may have weights. Warn about attributes that cannot be restored.
+        """
+        for module, submodules in self._submodules.items():
+            vars(module)["_modules"].update(submodules)
         for module, hooks in self._hooks.items():
             for name, known in hooks.items():
                 for new in vars(module)[name].keys() - known:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
@@ -19,6 +20,7 @@ from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
 from ..objective.self_check_cache import VerdictCache, is_plain
+from ..objective.whole_rows import explains_whole_rows
 from ..objective.window_check import window_objective
 from ..objective.window_forward import WindowForward
 from ..objective.window_loss import WindowLoss
@@ -76,7 +78,7 @@ def build_objective(
         all_logits = _needs_all_logits(config, accelerator)
         measure = partial(_measure, config, ignore_index, cache, all_logits is None)
         short = few.short if forward.is_own and config.runtime.audit else None
-        forward, objective, few = _measured_on_short_or_whole(forward, short, few, measure)
+        forward, objective, few = _measured_on_short_or_whole(components.model, forward, short, few, measure)
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -95,6 +97,7 @@ def build_objective(
 
 
 def _measured_on_short_or_whole(
+    model: nn.Module,
     forward: ModelForward,
     short: Sample | None,
     whole: Sample,
@@ -102,8 +105,9 @@ def _measured_on_short_or_whole(
 ) -> tuple[ModelForward, Objective, Sample]:
     """Return the forward pass, the objective and the rows that it was measured on.
 
-    The cut rows come first. If they show one exact mean, they are enough, because audits check whole rows later. Any
-    other finding may come from the cut, so the whole rows are measured instead.
+    The cut rows come first. If they show one exact mean, which explains the loss of the whole rows as well, they are
+    enough: audits compare gradients of whole rows later. Any other finding may come from the cut, so the whole rows are
+    measured instead.
 
     Args:
         short: the cut rows; None to measure whole ones at once.
@@ -112,14 +116,15 @@ def _measured_on_short_or_whole(
         tried = copy.deepcopy(forward)  # measuring changes it: where its loss is, its terms, its labelled head
         try:
             objective = measure(tried, short)
+            is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole)
         except Exception as error:  # a model may need rows of one length
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise  # whole rows do not fit either
             logger.debug(f"The self-check measures whole rows: cut ones raise {error!r}.")
         else:
-            if is_plain(objective.report):
+            if is_enough:
                 return tried, objective, short
-            logger.debug("The self-check measures whole rows: on cut ones, the loss is not one exact mean.")
+            logger.debug("The self-check measures whole rows: cut ones do not show that the loss is one exact mean.")
     return forward, measure(forward, whole), whole
 
 

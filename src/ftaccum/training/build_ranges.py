@@ -116,7 +116,7 @@ def _computes_binary(forward: ModelForward, model: nn.Module, row: Batch) -> boo
 def _few_rows(forward: ModelForward, model: nn.Module, rows: Rows, row_collator: RowCollator) -> list[Batch]:
     """Return the shortest sampled rows, each as a batch. Prefer rows of at least two tokens, and cut long ones.
 
-    They stay whole if the model takes no cut row: its failed passes would show no ranges.
+    They stay whole if the model does not take cut ones: a failed pass shows no ranges.
     """
     positions = sample_positions(rows)
     lengths = {position: length_of(row) for position, row in zip(positions, rows.fetch(positions), strict=True)}
@@ -125,6 +125,6 @@ def _few_rows(forward: ModelForward, model: nn.Module, rows: Rows, row_collator:
     if short is not None:
         device = next(model.parameters()).device
         cut = [row_collator.seeded(short, [place], 0) for place in range(len(short))]
-        if any(_takes(forward, model, fresh_batch(row, device)) for row in cut):
+        if all(_takes(forward, model, fresh_batch(row, device)) for row in cut):
             return cut
     return [row_collator.seeded(rows, [position], 0) for position in few]

@@ -1,0 +1,41 @@
+"""A check of a count on whole rows, after cut ones have shown that it is right."""
+
+import math
+
+from torch import nn
+
+from ..runtime.module_attributes import preserve_attributes
+from ..runtime.process_group import of_main_process
+from ..runtime.state_guards import inspection_mode
+from .batch_changes import fresh_batch
+from .forward import Forward
+from .item_counts import Batch
+from .objective import Objective
+from .perturbation import float32_weights, perturb_head
+from .probe import EXPLAINED, difference
+from .sample import UNEQUAL, Sample
+
+
+def explains_whole_rows(model: nn.Module, forward: Forward, objective: Objective, whole: Sample) -> bool:
+    """Return whether the count explains the loss of the four whole rows from batches that are padded on their own.
+
+    A model may compute long rows in another way than short ones, with rotary embeddings of another scale or sparse
+    attention. All processes use the main process's finding.
+
+    Args:
+        forward: the forward pass of the objective. Its loss has one term.
+    """
+    (term,) = objective.report.ways
+    device, modules = next(model.parameters()).device, forward.modules
+    separate = whole.separate(whole.together, UNEQUAL) if whole.collated is None else whole.collated(UNEQUAL)
+    with inspection_mode(model, *modules), float32_weights(model, *modules) as widened, perturb_head(model):
+
+        def losses(batch: Batch) -> dict[str, float]:
+            with preserve_attributes(model, *modules):
+                means, _ = forward(model, widened(fresh_batch(batch, device)))
+            return {term: mean.item() for term, mean in means.items()}
+
+        joint, means = losses(whole.together), [losses(part) for part in separate]
+    is_finite = all(math.isfinite(each.get(term, math.nan)) for each in (joint, *means))
+    count = lambda batch: objective.count(batch)[term]
+    return of_main_process(is_finite and difference(joint, means, separate, term, count) <= EXPLAINED)
