@@ -12,7 +12,6 @@ shape (rows, channels, height, width) and a class number for each. The saved wei
 """
 
 from dataclasses import dataclass, field
-from pickle import UnpicklingError
 
 import torch
 from accelerate import PartialState
@@ -28,7 +27,9 @@ import ftaccum
 class Options:
     """The data and the size of the network."""
 
-    train_data: str | None = field(default=None, metadata={"help": "file of images and labels; none: the digits"})
+    train_data: str | None = field(
+        default=None, metadata={"help": "file of `torch.save` with images and labels; none: the digits"}
+    )
     width: int = field(default=16, metadata={"help": "channels of the first convolution, a multiple of 4"})
 
     def __post_init__(self) -> None:
@@ -64,8 +65,8 @@ def read(file: str | None) -> tuple[Tensor, Tensor]:
     remedy = "Write it with `torch.save((images, labels), file)`."
     try:
         loaded = torch.load(file, weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # whatever the file is, `torch.load` takes it for a pickle
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ftaccum.DataError(f"`train_data` {file!r} cannot be read: {reason}. {remedy}") from error
     is_pair = isinstance(loaded, tuple | list) and len(loaded) == 2 and all(isinstance(x, Tensor) for x in loaded)
     if not is_pair:

@@ -280,8 +280,8 @@ def test_the_banner_says_where_a_run_is_saved(tmp_path: Path, capsys: pytest.Cap
     run(tmp_path)
     shown = capsys.readouterr().out
     assert (
-        f"\nOutputs: {tmp_path}\nTo resume the run if it is interrupted: make the same call with `resume='auto'`\n"
-        in shown
+        f"\nOutputs: {tmp_path}\nTo resume the run if it is interrupted: make the same call with `resume='auto'` "
+        "(`--resume auto`)\n" in shown
     )
     run(None)
     shown = capsys.readouterr().out

@@ -42,7 +42,7 @@ def test_a_signal_stops_the_run_after_the_current_update(
     there = tmp_path / "checkpoints" / "update-00000005"
     assert str(ended.value) == (
         f"Stopped after update 5, as requested. The newest checkpoint is {there}. To resume, make the same call with "
-        "`resume='auto'`."
+        "`resume='auto'` (`--resume auto`)."
     )
     assert number == signal.SIGINT or ended.value.code == 75  # type: ignore[attr-defined]
     assert checkpoints_of(tmp_path) == [there.name]

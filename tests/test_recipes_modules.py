@@ -273,7 +273,8 @@ def test_a_recipe_refuses_bad_values_of_its_options(
 @pytest.mark.parametrize(
     ("saved", "expected"),
     [
-        (None, "cannot be read: "),
+        (b"not a file of torch\n", "cannot be read: "),
+        (b"text,label\na good film,1\n", "cannot be read: "),
         ({"images": torch.zeros(2)}, "does not have two tensors, images and labels. Write it with"),
         ((torch.zeros(2, 3), torch.zeros(2)), "has images of the shape (2, 3) and labels of the shape (2,)"),
         ((torch.zeros(2, 1, 4, 4), torch.tensor([0])), "labels of the shape (1,) and the type torch.int64. Images"),
@@ -283,7 +284,7 @@ def test_a_file_without_images_and_labels_is_refused(saved: Any, expected: str, 
     import plain_pytorch
 
     file = tmp_path / "rows.pt"
-    file.write_bytes(b"not a file of torch\n") if saved is None else torch.save(saved, file)
+    file.write_bytes(saved) if isinstance(saved, bytes) else torch.save(saved, file)
     with pytest.raises(DataError, match=re.escape(expected)) as raised:
         plain_pytorch.read(str(file))
     assert not str(raised.value).endswith("..")

@@ -149,6 +149,13 @@ def test_no_bars_are_drawn_without_a_standard_error(stream: Any, monkeypatch: py
     assert not ftaccum.runtime.progress_bar.can_draw_bars()
 
 
+def test_a_file_gets_printed_lines_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "log.txt").open("w", buffering=1 << 16) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        ftaccum.runtime.progress_bar.print_above_bars("a line")
+        assert (tmp_path / "log.txt").read_text() == "a line\n"
+
+
 def fail_to_load() -> None:
     MODELING.warning(REPORT)
     raise RuntimeError("see the report above")

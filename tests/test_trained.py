@@ -84,7 +84,10 @@ def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest
     rows = save_rows(tmp_path / "new.jsonl", ROWS)
     words = ["predict", str(run / "model"), "--data", rows, "--output", str(tmp_path / "out.csv")]
     assert main(words) == 2
-    assert "does not say what task its model was trained for. Give it as `--task`." in capsys.readouterr().err
+    assert (
+        "does not say what task its model was trained for, because it is not a run of `ftaccum train`. Give `--task`"
+        in capsys.readouterr().err
+    )
     assert main([*words, "--task", "text-classification", "--text_columns", "review"]) == 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import SettingsError
-from .runtime.progress_bar import tqdm
+from .runtime.progress_bar import print_above_bars
 from .runtime.state_guards import preserve_rng, seed_all, training_mode
 
 
@@ -156,7 +156,7 @@ class GenerateSamples(TrainerCallback):
             seed_all(args.seed, state.global_step)
             texts = [self._generate(model, processing_class, prompt) for prompt in self._prompts]
         self.samples.append((state.global_step, texts))
-        tqdm.write("\n".join(f"update {state.global_step}: {text}" for text in texts))
+        print_above_bars("\n".join(f"update {state.global_step}: {text}" for text in texts))
 
     def _generate(self, model: Any, tokenizer: Any, prompt: str) -> str:
         inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)

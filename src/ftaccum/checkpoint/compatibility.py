@@ -166,7 +166,8 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
         wanted = ", ".join(map(repr, refused))
         raise CheckpointMismatchError(
             f"`resume` found {checkpoint}, but that run had other settings. Use the same settings, start a new run "
-            f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]`.",
+            f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]` "
+            f"(`--allow_changed {','.join(refused)}`).",
             pairs,
         )
     return changed

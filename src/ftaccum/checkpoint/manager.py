@@ -168,7 +168,8 @@ class CheckpointManager:
             return ""
         if self._writer is None or self._writer.last is None:
             return "No checkpoint was kept."
-        return f"The newest checkpoint is {self._writer.last}. To resume, make the same call with `resume='auto'`."
+        remedy = "To resume, make the same call with `resume='auto'` (`--resume auto`)."
+        return f"The newest checkpoint is {self._writer.last}. {remedy}"
 
     @property
     def _n_updates(self) -> int:

@@ -1,4 +1,4 @@
-"""The class of all progress bars, and where they are drawn: widgets in a notebook, text on a terminal."""
+"""The class of all progress bars, where they are drawn, and how lines appear above them."""
 
 import sys
 import warnings
@@ -11,10 +11,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", TqdmWarning)  # in a notebook without ipywidgets, bars are text
     from tqdm.auto import tqdm
 
-__all__ = ["can_draw_bars", "tqdm"]
+__all__ = ["can_draw_bars", "print_above_bars", "tqdm"]
 
 
 def can_draw_bars() -> bool:
     """Return whether a bar can be redrawn in place: on a terminal or in a notebook, but not in a file or a pipe."""
     is_terminal = getattr(sys.stderr, "isatty", None)  # standard error may be None, or an object that only writes
     return bool(is_terminal and is_terminal()) or is_interactive()
+
+
+def print_above_bars(text: str) -> None:
+    """Print to standard output, and leave the bars on standard error intact. A file gets the text at once as well."""
+    tqdm.write(text, file=sys.stdout)
+    if sys.stdout is not None:
+        sys.stdout.flush()

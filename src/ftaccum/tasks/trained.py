@@ -15,7 +15,7 @@ from ..settings.recipe import Recipe
 from ..tracking.run_record import RunRecord
 from ..tracking.saved_model import ADAPTER
 from .adapter_folder import load_with_base
-from .arguments import TrainArguments, TrainedArguments
+from .arguments import TASKS, TrainArguments, TrainedArguments
 from .columns import choose_columns, describe_columns
 from .load import make_task
 from .model_source import ModelSource
@@ -128,7 +128,12 @@ def _named(run: str, given: TrainedArguments, record: RunRecord | None, folder: 
     sources = {} if record is None else {name: value for name, value in record.sources.items() if name in known}
     task = given.task or sources.get("task")
     if task is None:
-        raise SettingsError([f"{run!r} does not say what task its model was trained for. Give it as `--task`."])
+        raise SettingsError(
+            [
+                f"{run!r} does not say what task its model was trained for, because it is not a run of `ftaccum "
+                f"train`. Give `--task`, one of {', '.join(TASKS)}."
+            ]
+        )
     named = TrainArguments(**{**sources, "model": folder, "train_data": given.data, "val_data": None, "task": task})
     if given.columns is not None:
         named = replace(named, columns=given.columns, label_column=None)

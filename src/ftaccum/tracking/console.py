@@ -1,12 +1,11 @@
 """What a run prints: banner, progress, a line per evaluation, result. Only the main process prints."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..insight.format import format_number, known
 from ..planning.base_plan import BasePlan
-from ..runtime.progress_bar import tqdm
+from ..runtime.progress_bar import print_above_bars
 from .ledger import EpochEntry, EvaluationEntry
 from .progress import Progress
 from .result import Result
@@ -72,7 +71,7 @@ class Console:
 
     def _print(self, *lines: str) -> None:
         if self.is_main:
-            tqdm.write("\n".join(lines), file=sys.stdout)
+            print_above_bars("\n".join(lines))
 
 
 def describe_outputs(folder: Path | None, resume_command: str | None) -> list[str]:
@@ -84,5 +83,5 @@ def describe_outputs(folder: Path | None, resume_command: str | None) -> list[st
     """
     if folder is None:
         return ["Nothing will be saved: `output_dir` is None."]
-    resume = resume_command or "make the same call with `resume='auto'`"
+    resume = resume_command or "make the same call with `resume='auto'` (`--resume auto`)"
     return [f"Outputs: {folder}", f"To resume the run if it is interrupted: {resume}"]

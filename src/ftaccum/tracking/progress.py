@@ -1,10 +1,9 @@
 """The progress of a run: a bar, or a line every 30 seconds where no bar is drawn."""
 
-import sys
 import time
 from types import TracebackType
 
-from ..runtime.progress_bar import can_draw_bars, tqdm
+from ..runtime.progress_bar import can_draw_bars, print_above_bars, tqdm
 from .ledger import WindowEntry
 
 _EVERY = 30.0  # seconds between two lines
@@ -45,7 +44,7 @@ class Progress:
         self._bar.update(n_updates)
         if self._prints and time.monotonic() - self._printed_at >= _EVERY:
             self._printed_at = time.monotonic()
-            tqdm.write(f"update {self._n_done}/{self._n_updates}{self._shown}", file=sys.stdout)
+            print_above_bars(f"update {self._n_done}/{self._n_updates}{self._shown}")
 
     def show(self, entry: WindowEntry) -> None:
         """Show the loss and the norm of an update."""

@@ -23,7 +23,7 @@ from .trainer_callbacks import Requests
 
 _NOT_TRAINING = (
     "This happened before the first update of this call or after its last one. To continue from the newest checkpoint "
-    "in `output_dir`, if there is one, make the same call with `resume='auto'`."
+    "in `output_dir`, if there is one, make the same call with `resume='auto'` (`--resume auto`)."
 )
 
 

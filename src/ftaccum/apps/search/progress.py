@@ -1,13 +1,12 @@
 """The console output of a search: a heading, a progress bar, a line for each trial that ends, and the result."""
 
-import sys
 from types import TracebackType
 
 from optuna import Study
 from optuna.distributions import FloatDistribution
 from optuna.storages import BaseStorage
 
-from ...runtime.progress_bar import can_draw_bars, tqdm
+from ...runtime.progress_bar import can_draw_bars, print_above_bars, tqdm
 from .definition import Search
 from .retry import n_counted
 from .space import Space
@@ -72,7 +71,7 @@ class SearchProgress:
 
     def _print(self, *lines: str) -> None:
         if not self._search.is_quiet:
-            tqdm.write("\n".join(lines), file=sys.stdout)
+            print_above_bars("\n".join(lines))
 
 
 def _describe_rate(space: Space) -> str:

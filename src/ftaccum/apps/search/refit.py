@@ -1,7 +1,6 @@
 """Run the best trial of a search again, as an ordinary run that saves its model."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from optuna import Study
 from optuna.trial import FixedTrial, FrozenTrial
 
 from ...runtime.atomic_files import atomic_write
-from ...runtime.progress_bar import tqdm
+from ...runtime.progress_bar import print_above_bars
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from .tables import best_trial
@@ -37,7 +36,7 @@ def refit(executor: TrialExecutor, study: Study) -> None:
 
 def _report(executor: TrialExecutor, sentence: str) -> None:
     if executor.processes.is_main and not executor.search.is_quiet:
-        tqdm.write(sentence, file=sys.stdout)
+        print_above_bars(sentence)
 
 
 def _identity_of(trial: FrozenTrial, study: Study) -> dict[str, Any]:
