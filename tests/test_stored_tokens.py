@@ -126,6 +126,7 @@ def test_a_second_run_of_a_program_does_not_tokenise(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(
         "import sys\n"
+        "sys.stderr.isatty = lambda: True  # so that bars are drawn\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from ftaccum import test_fine_tuning\n"
         "from ftaccum.tasks.reading.rows import read_rows\n"

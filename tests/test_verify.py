@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -446,8 +447,9 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.slow
 def test_the_command_prints_a_result_and_refuses_bad_options(
-    named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # so that bars are drawn
     command = [*(word for word in named if word != "--no_progress"), "--batch_size", "2"]
     command += ["--gradient_accumulation_steps", "4"]
     assert main([*command, "--json", "-"]) == 0

@@ -89,8 +89,8 @@ def run_parts(parts: Sequence[Part], seconds: float, show: Callable[[str], None]
             reason = str(error) if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
             found[part.name] = {"failed": reason}
             show(f"FAILED: {reason}")
-        found[part.name]["seconds"] = round(time.monotonic() - started, 1)
-        show(f"({found[part.name]['seconds']} s)")
+        found[part.name]["duration"] = round(time.monotonic() - started, 1)
+        show(f"({found[part.name]['duration']} s)")
     return found
 
 
