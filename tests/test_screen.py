@@ -156,6 +156,16 @@ def test_a_file_gets_printed_lines_at_once(tmp_path: Path, monkeypatch: pytest.M
         assert (tmp_path / "log.txt").read_text() == "a line\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it needs a file that is always full")
+def test_a_run_goes_on_if_its_output_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1 << 16) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        run()
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+
+
 def fail_to_load() -> None:
     MODELING.warning(REPORT)
     raise RuntimeError("see the report above")

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import suppress
 
 from tqdm import TqdmWarning
 
@@ -21,7 +22,12 @@ def can_draw_bars() -> bool:
 
 
 def print_above_bars(text: str) -> None:
-    """Print to standard output, and leave the bars on standard error intact. A file gets the text at once as well."""
-    tqdm.write(text, file=sys.stdout)
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    """Print to standard output, and leave the bars on standard error intact.
+
+    A file gets the text at once. If it cannot be written, because the disk is full or the reader of a pipe has ended,
+    the text is lost, but the run goes on.
+    """
+    with suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        if sys.stdout is not None:
+            sys.stdout.flush()
