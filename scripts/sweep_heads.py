@@ -64,7 +64,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
         those = [verdict for verdict in verdicts if verdict.kind == kind]
         lines += ["", f"{kind}: {len(those)}"] if those else []
         lines += [f"  {_name(verdict)}: {_shortened(verdict)}" for verdict in those]
-    return "\n".join([*lines, *_of_logits(verdicts)])
+    return "\n".join([*lines, *_of_logits(verdicts), *_of_last_layer(verdicts)])
 
 
 def _of_logits(verdicts: Sequence[Verdict]) -> list[str]:
@@ -76,6 +76,16 @@ def _of_logits(verdicts: Sequence[Verdict]) -> list[str]:
     lines = ["", f"Of {len(known)} language models, {len(labelled)} compute logits at labelled positions only."]
     others = [verdict for verdict in known if verdict not in labelled]
     return lines + [f"  {_name(verdict)}: {verdict.logits}" for verdict in others]
+
+
+def _of_last_layer(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return how many models compute their last layer only where it is read, and why others do not."""
+    known = [verdict for verdict in verdicts if verdict.last_layer]
+    if not known:
+        return []
+    reasons = Counter(verdict.last_layer for verdict in known)
+    lines = ["", f"Positions at which {len(known)} models compute their last layer:"]
+    return lines + [f"  {n}: {reason}" for reason, n in reasons.most_common()]
 
 
 def _checked(found: Sequence[Case], jobs: int, router_balance: str) -> Iterator[Verdict]:

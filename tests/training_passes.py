@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-_BEFORE_TRAINING = {"measured_objective", "window_objective", "find_ranges", "find_labelled_head"}
+_BEFORE_TRAINING = {"measured_objective", "window_objective", "find_ranges", "find_labelled_head", "find_last_layer"}
 
 
 def in_self_check() -> bool:

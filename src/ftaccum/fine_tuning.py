@@ -168,8 +168,9 @@ def test_fine_tuning(
             much as many hundred tokens: the planner then makes fewer passes.
         padding_free: concatenate the rows of a micro-batch instead of padding them. For causal language models that
             keep such rows apart by `position_ids`; this is checked before training.
-        loss_head: "auto" computes logits only at labelled positions, if a check before training shows that loss and
-            gradient equal the model's own. Otherwise, and with "full", logits of all positions are computed.
+        loss_head: "auto" computes the logits of a language model only at labelled positions, and on a CPU the last
+            layer of another model only at the positions that its head reads, if a check before training shows that loss
+            and gradient equal the model's own. Otherwise, and with "full", all positions are computed.
         optimizer: a name, a function that builds an optimizer from parameter groups (each with `lr` and
             `weight_decay`), or an optimizer. The names are "adamw", "sgd" (without momentum), "adafactor", "lion",
             "muon" (hidden matrices; AdamW for all else), "adamw_8bit", "paged_adamw_8bit" and "schedule_free_adamw".

@@ -40,6 +40,7 @@ class Verdict:
         why: the remedy, ftaccum's message, the reason why the model cannot be built, or the failure.
         error: the largest relative error of any window's gradient; None if there is no gradient.
         logits: the positions at which logits are computed, and the reason if these are not the labelled ones.
+        last_layer: the positions at which the last layer is computed, and the reason if these are all.
     """
 
     task: str
@@ -49,19 +50,22 @@ class Verdict:
     why: str = ""
     error: float | None = None
     logits: str = ""
+    last_layer: str = ""
 
 
-class _LogitsHandler(logging.Handler):
-    """A handler that collects the messages of a run about its logits."""
+class _PositionsHandler(logging.Handler):
+    """A handler that collects the messages of a run about the positions of its logits and of its last layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = ""
+        self.logits, self.last_layer = "", ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix, found, text = record.getMessage().partition("Logits are computed ")
-        if found and not prefix:
-            self.found = text.removesuffix(".")
+        subject, found, text = record.getMessage().removesuffix(".").partition(" computed ")
+        if found and subject == "Logits are":
+            self.logits = text
+        elif found and subject == "The last layer is":
+            self.last_layer = text
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def check(case: Case, limit: int = 60, **arguments: Any) -> Verdict:
         limit: seconds after which the check is given up.
         arguments: of `test_fine_tuning`.
     """
-    built, handler = None, _LogitsHandler()
+    built, handler = None, _PositionsHandler()
     logger = logging.getLogger("ftaccum")
     logger.addHandler(handler)
     try:
@@ -112,7 +116,8 @@ def check(case: Case, limit: int = 60, **arguments: Any) -> Verdict:
         logger.removeHandler(handler)
         gc.collect()
     why = " ".join(why.split())
-    return Verdict(case.task, case.model_class.__name__, case.variant, kind, why, error, handler.found)
+    found = handler.logits, handler.last_layer
+    return Verdict(case.task, case.model_class.__name__, case.variant, kind, why, error, *found)
 
 
 def _judged(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:

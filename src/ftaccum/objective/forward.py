@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..runtime.lazy.value import LazyError
+from ..runtime.log import logger
 from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import Batch
 from .labelled_head import LabelledHead, NeededLogits
+from .last_layer import LastLayer
 from .normalizer import Counts
 from .own_loss import LOSS, OwnLoss
 from .span_loss import is_span_loss, span_losses
@@ -28,6 +31,7 @@ class Forward(ABC):
         factors: the outputs that the model's own loss adds up, with their factors.
         has_spans: whether the terms are the losses of start and end positions.
         labelled_head: computes logits only at labelled positions; None if the model computes them all.
+        last_layer: the layer to compute only at the positions that are read; None to compute it at all of them.
     """
 
     def __init__(self, modules: Sequence[nn.Module], read_loss: Callable[[Any, Batch], Any] | None) -> None:
@@ -38,6 +42,7 @@ class Forward(ABC):
         self.factors: dict[str, float] = {}
         self.has_spans = False
         self.labelled_head: LabelledHead | None = None
+        self.last_layer: LastLayer | None = None
         self._inner_gradients = InnerGradients()
         self._own_loss = OwnLoss()
         self._is_open_in_train_mode = False  # whether the first pass in train mode decides where the loss is
@@ -74,12 +79,23 @@ class Forward(ABC):
             n_labels = int(counts[LOSS]) if counts and counts[LOSS] else None
             mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, needs)
             return {LOSS: mean, **self._parts(outputs, mean)}, outputs
-        outputs = self._outputs(model, batch)
+        outputs = (
+            self._outputs(model, batch) if self.last_layer is None else self._lazily(self.last_layer, model, batch)
+        )
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
             parts = self._parts(outputs, loss)
             loss = {LOSS: loss - sum(parts.values()), **parts}
         return scalars_of(loss), outputs
+
+    def _lazily(self, last_layer: LastLayer, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on a batch with a lazy last layer and return its outputs."""
+        try:
+            with last_layer.lazily():
+                return self._outputs(model, batch)
+        except LazyError as error:  # this pass differs from those before training
+            logger.debug(f"The last layer is computed at all positions in one pass: {error}.")
+        return self._outputs(model, batch)
 
     def _parts(self, outputs: Any, loss: Tensor) -> dict[str, Tensor]:
         """Return the terms that the model's own loss adds up, with 0 for those that it omits, as some do in eval mode.

@@ -25,6 +25,7 @@ _WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, f
 _HOOKS_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS_BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _HOOKS = (*_HOOKS_AFTER, *_HOOKS_BEFORE)
+_HOOKS_ON_GRADIENTS = ("_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 
@@ -36,6 +37,11 @@ def has_hooks_before(module: nn.Module) -> bool:
 def has_hooks_after(module: nn.Module) -> bool:
     """Return whether hooks run after a module's forward pass, and so may read or change its outputs."""
     return any(vars(module)[name] for name in _HOOKS_AFTER)
+
+
+def has_hooks_on_gradients(module: nn.Module) -> bool:
+    """Return whether hooks run in a module's backward pass."""
+    return any(vars(module)[name] for name in _HOOKS_ON_GRADIENTS)
 
 
 class ModuleAttributes:

@@ -58,8 +58,8 @@ class Runtime:
     padding_free: Flag = cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
     loss_head: LossHead = cut(
         "auto",
-        "positions at which a language model computes logits: auto takes those with a label, if that gives the model's "
-        "own loss and gradient; full takes all",
+        "positions at which a language model computes logits, and another model its last layer (on a CPU): auto takes "
+        "those that the loss reads, if that gives the model's own loss and gradient; full takes all",
     )
     gradient_checkpointing: Flag = cut(False, "recompute activations in the backward pass to save memory")
     compile: Flag = speed(

@@ -15,6 +15,8 @@ from ..errors import DataError, SettingsError
 from ..objective.item_counts import ItemCounter
 from ..objective.labelled_check import find_labelled_head
 from ..objective.labelled_head import LabelledHead
+from ..objective.last_layer import LastLayer
+from ..objective.last_layer_check import find_last_layer
 from ..objective.model_forward import ModelForward
 from ..objective.objective import Objective
 from ..objective.sample import Sample
@@ -93,7 +95,20 @@ def build_objective(
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
+        forward.last_layer = _last_layer(config, forward, few, objective)
     return forward, objective
+
+
+def _last_layer(config: RunConfig, forward: ModelForward, few: Sample, objective: Objective) -> LastLayer | None:
+    """Return the last layer if it is enough to compute it at the positions that are read; else None."""
+    if config.runtime.loss_head == "full":
+        return None
+    found = find_last_layer(config.components.model, forward, few, objective)
+    if isinstance(found, LastLayer):
+        logger.debug("The last layer is computed only at the positions that are read.")
+        return found
+    logger.debug(f"The last layer is computed at all positions: {found}.")
+    return None
 
 
 def _measured_on_short_or_whole(

@@ -1,0 +1,85 @@
+"""The last layer of a model, computed only at the positions that the rest of the model reads.
+
+A classifier reads the first position of each row, or the last one. Then the last layer needs keys and values of all
+positions, but queries, the feed-forward part and norms of one. In an encoder with six layers, this is a tenth of the
+forward and the backward pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from ..runtime.lazy.tensor import is_lazy, lazy, whole
+from ..runtime.lazy.value import Frame
+from ..runtime.module_attributes import has_hooks_after, has_hooks_before, has_hooks_on_gradients
+from ..runtime.sharding.tensors import is_sharded
+
+
+class LastLayer:
+    """Makes the input of a model's last layer lazy, so that the positions that are read determine what is computed.
+
+    Attributes:
+        layer: the last layer.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        self.layer = layer
+        self._model = model
+
+    @contextmanager
+    def lazily(self) -> Iterator[list[Frame]]:
+        """Make the input lazy in forward passes until exit, unless hooks inside the layer read what it computes.
+
+        Yields:
+            The frames of these passes.
+        """
+        frames: list[Frame] = []
+
+        def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
+            if not inputs or not can_be_lazy(inputs[0]):
+                return None
+            hidden, frame = lazy(inputs[0])
+            frames.append(frame)
+            return (hidden, *inputs[1:]), options
+
+        if self.reason() is not None:
+            yield frames
+            return
+        handles = [
+            self.layer.register_forward_pre_hook(before, with_kwargs=True),
+            self._model.register_forward_hook(_with_whole_outputs),
+        ]
+        try:
+            yield frames
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def reason(self) -> str | None:
+        """Return why the layer is computed at all positions; None if nothing is known to speak against less."""
+        if any(map(_has_hooks, self.layer.modules())):
+            return "the last layer has hooks, which may read all positions"
+        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
+            return "the layers are checkpointed"
+        return "the model is sharded" if is_sharded(self._model) else None
+
+
+def can_be_lazy(hidden: Any) -> bool:
+    """Return whether a value is hidden states of several positions on a CPU.
+
+    On accelerators no gain is known: recording operations takes time on the host.
+    """
+    is_plain = type(hidden) is Tensor and hidden.ndim == 3 and hidden.shape[1] > 1
+    return is_plain and hidden.device.type == "cpu" and hidden.is_floating_point()
+
+
+def _with_whole_outputs(_: nn.Module, __: Any, outputs: Any) -> Any:
+    """Compute lazy outputs of a model at all positions: what runs after it may be no function of torch."""
+    return recursively_apply(whole, outputs, test_type=is_lazy)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return has_hooks_before(module) or has_hooks_after(module) or has_hooks_on_gradients(module)
