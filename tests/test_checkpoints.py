@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import psutil
 import pytest
 import torch
 
@@ -343,9 +343,19 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    available = psutil.virtual_memory()._replace(available=10)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
-    run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
+    write, trained, passes = Snapshot.write, model(), []
+
+    def slow(self: Snapshot, folder: Path) -> None:
+        before = float(trained.n_passes)
+        time.sleep(0.2)  # for passes of a run that does not wait
+        write(self, folder)
+        passes.append(float(trained.n_passes) - before)
+
+    monkeypatch.setattr(Snapshot, "write", slow)
+    # Only the checkpoints lack memory. Without it, an audit would have another reference than in `uninterrupted`.
+    monkeypatch.setattr("ftaccum.checkpoint.writer.free_on_host", lambda: 10)
+    run = fine_tuned(trained, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
+    assert passes == [0] * 6
     assert uninterrupted().differences(run) == []
     for name in ("update-00000003", "update-00000012"):
         assert fine_tuned(resume=str(tmp_path / "checkpoints" / name)).differences(run) == []
