@@ -217,6 +217,30 @@ def test_when_an_error_ends_the_run_the_files_decide(
     assert "the main process does not find 1.json, which another process was to write" in warned[-1]
 
 
+@pytest.mark.parametrize("free", [0, 1000])
+def test_a_process_that_is_lost_before_it_knows_the_folder_is_not_waited_for(
+    free: int, tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bereft(Threads):
+        def gather(self, value: Any) -> list[Any]:
+            return [value] * SIZE
+
+        def broadcast(self, value: Any) -> Any:  # noqa: ARG002
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("ftaccum.checkpoint.sharded_writer._SECONDS_AT_END", 0.2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+    writer = writer_of(tmp_path, Bereft(0, threading.Barrier(1), []))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        writer.write(snapshot_of(0), tmp_path / "update-00000003", None)
+    closing = threading.Thread(target=writer.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert list(tmp_path.iterdir()) == []
+    assert ("does not find" if free else "No space left") in warned[-1]
+
+
 def test_shards_of_two_checkpoints_are_not_sealed_together(tmp_path: Path, warned: list[str]) -> None:
     def run(index: int, group: Threads) -> None:
         writer = writer_of(tmp_path, group)

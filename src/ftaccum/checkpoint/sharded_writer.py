@@ -64,7 +64,9 @@ class ShardedWriter(CheckpointWriter):
         n_bytes = sum(self._process_group.gather(snapshot.n_bytes))
         if isinstance(snapshot, Snapshot):
             self._start(lambda: self._write_and_seal(snapshot, place, best, n_bytes))
-        name = self._process_group.broadcast(self._folder.get() if self._process_group.is_main else None)
+        name = self._folder.get() if self._process_group.is_main else None
+        self._begun = name is not None  # so that `close` ends it if another process is lost now
+        name = self._process_group.broadcast(name)
         self._begun = name is not None  # otherwise, the main process has logged why
         if self._begun and isinstance(snapshot, Shard):
             self._start(lambda: self._write_part(snapshot, place.with_name(name)))
