@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .liger_loss import liger_loss
+
 # In float32, torch's chunked operation takes 0.9 to 1.0 times as long as logits and cross entropy. In bf16 it takes 1.9
 # to 2.5 times as long, and rounds its loss to 16 bits. Logits that the backward pass computes again take 1.2 to 1.3
 # times as long, so these chunks are as large as memory reasonably allows (scripts/bench_chunks.py, one CPU thread).
@@ -24,7 +26,7 @@ class ChunkedLoss:
         n_positions: the positions of a chunk; None to choose it.
         """
         self._head, self._n_positions = head, n_positions
-        self._is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+        self._linear = head if type(head) is nn.Linear and "forward" not in vars(head) else None
 
     def __call__(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor | None:
         """Return the loss; None if chunks would save nothing, or the size of the vocabulary is unknown.
@@ -35,15 +37,17 @@ class ChunkedLoss:
         n, weight = len(targets_N), getattr(self._head, "weight", None)
         if not isinstance(weight, Tensor):
             return None
-        if self._is_plain and _suits_torch(weight, hidden_NH):
-            size = self._n_positions or _POSITIONS
-            if n <= size:
-                return None
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
-            bias = self._head.bias
-            assert bias is None or isinstance(bias, Tensor), "of a linear layer"
-            return F.linear_cross_entropy(hidden_NH, weight, targets_N, linear_bias=bias, options=options)
         size = self._n_positions or max(1, _BYTES // (4 * _vocabulary(self._head, weight)))
+        if self._linear is not None:
+            if n > size and (loss := liger_loss(hidden_NH, targets_N, self._linear, size)) is not None:
+                return loss
+            if _suits_torch(weight, hidden_NH):
+                n_of_torch = self._n_positions or _POSITIONS
+                if n <= n_of_torch:
+                    return None
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=n_of_torch, chunking_method=None)
+                bias = self._linear.bias
+                return F.linear_cross_entropy(hidden_NH, weight, targets_N, linear_bias=bias, options=options)
         if n <= size:
             return None
         sums = [

@@ -23,7 +23,7 @@ from .prefixed import is_tokens_column
 from .sample import Sample
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "ftaccum")
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "liger_kernel", "triton", "ftaccum")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OF_MODULES = vars(nn.Module()).keys() - {"training"}
 _DEPTH = 6  # levels of functions, containers and objects to follow
