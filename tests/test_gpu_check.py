@@ -17,6 +17,7 @@ from gpu_checks.estimates import estimates_of
 from gpu_checks.exactness import accumulated, largest_error, no_float32, one_batch, relative_error, windows_of
 from gpu_checks.habit_effects import gpu_columns, memory_effects, time_effects
 from gpu_checks.habit_loop import HABITS, LOOPS
+from gpu_checks.head_losses import WAYS, measure_head_losses
 from gpu_checks.job import EACH, LAST, ONE_COPY, WHOLE, Job, rows_of
 from gpu_checks.memory_habits import measure_habits
 from gpu_checks.resume import differing_bits
@@ -116,6 +117,16 @@ def test_habits_are_measured_on_a_cpu_without_peaks() -> None:
     found = measure_habits(Job("memory habits", "", 1, seconds=0.0), 0)
     assert {loop: len(seconds) for loop, seconds in found["seconds"].items()} == dict.fromkeys(LOOPS, 1)
     assert report.habits(found).count("not measured") == 2 * len(HABITS)
+
+
+def test_losses_of_many_labels_are_measured_on_a_cpu_without_peaks_and_without_liger() -> None:
+    found = measure_head_losses(Job("head losses", "", 1, seconds=0.0), 0)
+    assert list(found["ways"]) == [way for way in WAYS if way != "Liger"]
+    for each in found["ways"].values():
+        assert all(1e-8 < error < 2e-2 for error in each["errors"].values())
+        assert each["peak"] is None
+        assert each["seconds"] > 0
+    assert "Liger's kernels do not run here" in report.head_losses(found)
 
 
 def test_a_wrong_limit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

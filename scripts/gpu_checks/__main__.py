@@ -1,4 +1,7 @@
-"""Check exactness, memory, speed, memory habits and resuming on the GPUs of this machine, and print a report."""
+"""Check the GPUs of this machine, and print a report.
+
+The parts are exactness, memory and speed, memory habits, losses of many labels and resuming.
+"""
 
 import argparse
 import json
@@ -58,6 +61,9 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
     def habits(seconds: float) -> dict[str, Any]:
         return run(Job("memory habits", str(folder / "habits"), 1, seconds=seconds))[0]
 
+    def head_losses(seconds: float) -> dict[str, Any]:
+        return run(Job("head losses", str(folder / "head losses"), 1, seconds=seconds))[0]
+
     def resuming(way: str) -> Part:
         place = folder / f"resume {way}"
         place.mkdir()
@@ -68,6 +74,7 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
         Part("exactness (tiny model)", 0.3, exactness, report.exactness),
         Part("memory and speed", 0.25, speed, report.memory_and_speed),
         Part("memory habits", 0.1, habits, report.habits),
+        Part("losses of many labels, bf16", 0.05, head_losses, report.head_losses),
         *map(resuming, ways),
     ]
 
@@ -107,7 +114,7 @@ def _largest(of_processes: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dic
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("scripts/gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser("scripts/gpu_check", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="real causal language model for memory and speed: a folder or hub name")
     parser.add_argument("--minutes", type=float, default=10.0, help="time limit of all parts together (10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file as well")

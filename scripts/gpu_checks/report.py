@@ -8,6 +8,7 @@ from .habit_loop import HABITS
 from .machine import GB
 
 _WIDTH = 16
+_OF_A_LOSS = ("loss", "hidden", "weight")  # the value, and gradients
 
 
 def header(machine: dict[str, Any], num_processes: int) -> str:
@@ -60,6 +61,19 @@ def habits(found: dict[str, Any]) -> str:
     lines = [f"{'':<30}" + "".join(f"{name:>{_WIDTH}}" for name in ("peak", "reserved", "time"))]
     lines += [f"{habit:<30}" + "".join(f"{column[habit]:>{_WIDTH}}" for column in columns) for habit in HABITS]
     return "\n".join(lines)
+
+
+def head_losses(found: dict[str, Any]) -> str:
+    """Describe the errors, peak and time of each way to compute the loss."""
+    ways = found["ways"]
+    rows = [
+        *([f"error of {name}", *(_error(each["errors"][name]) for each in ways.values())] for name in _OF_A_LOSS),
+        ["peak", *(_bytes(each["peak"]) for each in ways.values())],
+        ["ms", *(f"{1000 * each['seconds']:.1f}" for each in ways.values())],
+    ]
+    title = "{} positions, hidden size {}, vocabulary {}".format(*found["sizes"])
+    missing = "" if "Liger" in ways else "\nLiger's kernels do not run here, or are not installed (`ftaccum[liger]`)."
+    return f"{title}\n{_table(['', *ways], rows)}{missing}"
 
 
 def _error(value: float | None) -> str:

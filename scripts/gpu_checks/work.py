@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .exactness import gradient_errors
+from .head_losses import measure_head_losses
 from .job import Job
 from .memory_habits import measure_habits
 from .resume import train_and_save
@@ -17,6 +18,7 @@ PARTS = {
     "memory and speed": measure,
     "resume": train_and_save,
     "memory habits": measure_habits,
+    "head losses": measure_head_losses,
 }
 
 
