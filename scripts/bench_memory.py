@@ -8,9 +8,13 @@ without the profiler gives the largest growth of the process's resident memory. 
 Memory at each k is compared with k = 2, not k = 1: from k = 2 on, forward passes run while the gradients of earlier
 micro-batches are in memory.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py      # all tables; about four minutes on one thread
+The table of logits is the exception: SmolLM2-135M with real weights, in whole runs with their self-check and audit.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py                    # about four minutes on one thread
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py --tables logits    # about ten minutes
 """
 
+import argparse
 import contextlib
 import gc
 import io
@@ -26,14 +30,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs every start
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import psutil
 import torch
 import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import packaged
 from ftaccum import test_fine_tuning
 from measuring import DEVICE, machine
 
@@ -42,6 +48,7 @@ ROW_LENGTH, VOCABULARY, UPDATES = 64, 4096, 2  # in the second update the optimi
 K, BATCH = (1, 2, 4, 8, 16, 32, 64), 4
 BATCHES, EFFECTIVE = (1, 2, 4, 8, 16, 32), 32
 IMAGES, IMAGE_EPOCHS = 100, 2
+LONG_ROW = 512
 
 Run = Callable[[], Any]
 
@@ -66,6 +73,20 @@ def text_run(batch_size: int, k: int, checkpointing: bool) -> dict[str, Any]:
 def image_run(batch_size: int, k: int) -> dict[str, Any]:
     images = [(torch.randn(3, 64, 64), torch.tensor(n % 10)) for n in range(IMAGES)]
     return _trained(conv_net(), images, batch_size, k, n_epochs=IMAGE_EPOCHS, loss_fn=nn.CrossEntropyLoss())
+
+
+def logits_run(loss_head: str, labelled: float) -> dict[str, Any]:
+    """Train SmolLM2 in bf16 autocast on 4 × 512 tokens an update.
+
+    Args:
+        labelled: the share of each row that has labels, at its end.
+    """
+    model = AutoModelForCausalLM.from_pretrained(packaged.SMOLLM)
+    rows = []
+    for ids in torch.randint(1, model.config.vocab_size, (UPDATES * BATCH, LONG_ROW)).tolist():
+        n_ignored = LONG_ROW - int(labelled * LONG_ROW)
+        rows.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
+    return _trained(model, rows, BATCH, 1, loss_head=loss_head, mixed_precision="bf16", self_check_cache=False)
 
 
 def zeroing_run(k: int, set_to_none: bool) -> int:
@@ -208,20 +229,49 @@ def zeroing() -> Iterator[str]:
             yield _row(str(k), f"`set_to_none={set_to_none}`", *peak.cells(), f"{kept / MB:.1f}")
 
 
+def logits() -> Iterator[str]:
+    packaged.prepare(packaged.SMOLLM)
+    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(packaged.SMOLLM).parameters())
+    state = 4 * weights  # with the gradient and the two moments of AdamW
+    yield f"SmolLM2-135M, updates of {BATCH} rows of {LONG_ROW} tokens, bf16 autocast, in MB.\n"
+    yield f"Weights, gradients and moments take {state / MB:.1f} MB of each peak; the second column is without them.\n"
+    yield _row("labels", "logits", "peak", "activations and logits", "against all", "process grew by")
+    yield _row(*["---"] * 6)
+    for labelled in (1.0, 0.5):
+        peaks = {head: measured(logits_run, head, labelled)[0] for head in ("full", "auto")}
+        for head, name in (("full", "all"), ("auto", "at labels")):
+            peak, resident = peaks[head].cells()
+            others = peaks[head].allocated - state
+            share = f"{others / (peaks['full'].allocated - state):.2f}"
+            yield _row(f"{labelled:.0%}", name, peak, f"{others / MB:.1f}", share, resident)
+
+
+TABLES = {
+    "k": against_k,
+    "batch": against_batch,
+    "images": images,
+    "zeroing": zeroing,
+    "logits": logits,
+}
+
+
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[name for name in TABLES if name != "logits"])
+    options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     print(machine())
     if DEVICE.type == "cpu":
         text_run(1, 1, False)  # so that imports at first use do not count
     check_gauge()
-    for table in (against_k, against_batch, images, zeroing):
+    for name in options.tables:
         print()
-        for line in table():
+        for line in TABLES[name]():
             print(line, flush=True)
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import median_low
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.loader import MicroBatch
@@ -86,7 +87,9 @@ def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup)
     """Choose a few pieces from all processes. All of them must call it.
 
     Half of them have the rarest labels and flags, half the most common ones: between similar pieces, wrong item counts
-    would not show. Of pieces that are equally rare, take the smallest.
+    would not show. A piece is as rare as its rarest value: a sum over its values would choose the longest texts. Of
+    equally rare pieces, the first half takes those nearest to the median size, the other half the smallest, so that
+    sizes differ.
 
     Args:
         own: the pieces of this process.
@@ -98,8 +101,9 @@ def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup)
     named = [(piece.name, _kinds_of(piece.batch), piece.size) for piece in own]
     pieces = list(chain.from_iterable(process_group.gather(named)))
     n_with = Counter(chain.from_iterable(kinds for _, kinds, _ in pieces))
-    ranked = [(sum(1 / n_with[kind] for kind in kinds), size, name) for name, kinds, size in pieces]
-    ranked.sort(key=lambda piece: (-piece[0], piece[1]))
+    ranked = [(max((1 / n_with[kind] for kind in kinds), default=0.0), size, name) for name, kinds, size in pieces]
+    middle = median_low(size for _, size, _ in ranked) if ranked else 0
+    ranked.sort(key=lambda piece: (-piece[0], abs(piece[1] - middle), piece[1]))
     if len(ranked) <= most:
         return [name for *_, name in ranked]
     n_rare = most // 2
