@@ -79,19 +79,19 @@ class Forward(ABC):
             n_labels = int(counts[LOSS]) if counts and counts[LOSS] else None
             mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, needs)
             return {LOSS: mean, **self._parts(outputs, mean)}, outputs
-        outputs = (
-            self._outputs(model, batch) if self.last_layer is None else self._lazily(self.last_layer, model, batch)
-        )
+        outputs = self._outputs_for_loss(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
             parts = self._parts(outputs, loss)
             loss = {LOSS: loss - sum(parts.values()), **parts}
         return scalars_of(loss), outputs
 
-    def _lazily(self, last_layer: LastLayer, model: nn.Module, batch: Batch) -> Any:
-        """Run the model on a batch with a lazy last layer and return its outputs."""
+    def _outputs_for_loss(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on a batch, with a lazy last layer if there is one, and return its outputs."""
+        if self.last_layer is None:
+            return self._outputs(model, batch)
         try:
-            with last_layer.lazily():
+            with self.last_layer.lazily():
                 return self._outputs(model, batch)
         except LazyError as error:  # this pass differs from those before training
             logger.debug(f"The last layer is computed at all positions in one pass: {error}.")
