@@ -97,7 +97,7 @@ def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: B
         return "the loss is not a plain mean over labels"
     if any(map(has_hooks_after, modules_around(model, head))):
         return "the model or its output embedding has hooks, which may read all logits"
-    # Each number of labels would be compiled anew.
+    # Its graphs may fix each number of labels, or be older than the hook that selects positions.
     return "the model is compiled" if is_compiled(model) else None
 
 

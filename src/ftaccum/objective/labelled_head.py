@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..runtime.model_context import has_graphs
 from ..runtime.module_attributes import has_hooks_after, has_hooks_before
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
+from .compiled_selection import loss_in_graphs
 from .item_counts import Batch
 from .labelled_positions import LabelledPositions
 from .own_loss import logits_of
@@ -42,6 +44,7 @@ class LabelledHead:
         positions: the rule for which positions have a label.
         gives_logits: whether the model returns the outputs of its head unchanged, as logits. If so, the logits of many
             positions are computed in chunks.
+        chunks: whether chunks may be used.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, positions: LabelledPositions) -> None:
@@ -50,7 +53,7 @@ class LabelledHead:
         head: its last layer, which projects hidden states onto the vocabulary.
         positions: those that have a label.
         """
-        self.head, self.positions, self.gives_logits = head, positions, False
+        self.head, self.positions, self.gives_logits, self.chunks = head, positions, False, True
         self._model = model
         self._around = modules_around(model, head)
         self._chunked_loss = ChunkedLoss(head)
@@ -76,6 +79,12 @@ class LabelledHead:
             DataError: if the model does not return logits of shape (1, N, V).
         """
         labels_BL = batch["labels"]
+        if has_graphs(self._model):
+            drops_logits = needs is NeededLogits.NONE and self.gives_logits and not self._is_hooked()
+            unlabelled = self._without_labels(batch)
+            return loss_in_graphs(
+                lambda: run(unlabelled), self.head, self.positions, labels_BL, n_labels, drops_logits=drops_logits
+            )
         places_N = self.positions.places(labels_BL, n_labels)
         targets_N = self.positions.targets(labels_BL, places_N)
         in_chunks = needs is NeededLogits.NONE and self._may_chunk()
@@ -106,10 +115,13 @@ class LabelledHead:
             self._chunked_loss = before
 
     def _may_chunk(self) -> bool:
-        # Chunks use the weight before the forward pass of the head, in which FSDP2 gathers it. Hooks that callbacks
-        # have registered since the check read or change logits, and those before the head would run in each chunk, too.
-        hooked = has_hooks_before(self.head) or any(map(has_hooks_after, self._around))
-        return self.gives_logits and not hooked and not is_sharded(self._model)
+        # Chunks use the weight before the forward pass of the head, in which FSDP2 gathers it.
+        return self.chunks and self.gives_logits and not self._is_hooked() and not is_sharded(self._model)
+
+    def _is_hooked(self) -> bool:
+        # Hooks that callbacks have registered since the check read or change logits, and those before the head would
+        # run in each chunk, too.
+        return has_hooks_before(self.head) or any(map(has_hooks_after, self._around))
 
     def _without_labels(self, batch: Mapping[str, Tensor]) -> Batch:
         given = {name: value for name, value in batch.items() if name != "labels"}

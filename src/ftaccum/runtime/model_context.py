@@ -45,6 +45,11 @@ def is_compiled(model: nn.Module) -> bool:
     return has_compiled_regions(model) or any(module._compiled_call_impl is not None for module in model.modules())
 
 
+def has_graphs(model: nn.Module) -> bool:
+    """Return whether a model is compiled as a whole, as `compile_model` does."""
+    return model._compiled_call_impl is not None
+
+
 @contextmanager
 def run_eagerly(model: nn.Module) -> Iterator[None]:
     """Run a compiled model without its graphs, which each mode would compile again."""

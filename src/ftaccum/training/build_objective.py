@@ -29,6 +29,7 @@ from ..objective.window_loss import WindowLoss
 from ..runtime.accelerator import compiles_models
 from ..runtime.log import logger
 from ..runtime.memory import is_out_of_memory
+from ..runtime.sharding.launcher import find_sharding
 from .build_cache import build_cache
 from .class_loss import build_class_loss
 from .config import RunConfig
@@ -92,6 +93,7 @@ def build_objective(
             cache.allow_labels(gives_logits=found.gives_logits)
     if isinstance(found, LabelledHead):
         forward.labelled_head = found
+        found.chunks = not config.runtime.compile  # its graphs use none, so passes that measure memory must not either
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
@@ -169,4 +171,14 @@ def _needs_all_logits(config: RunConfig, accelerator: Accelerator) -> str | None
     """Return the reason why all logits are computed, if the settings give one; else None."""
     if config.runtime.loss_head == "full":
         return "`loss_head` is 'full'"
-    return "the model is compiled" if config.runtime.compile or compiles_models(accelerator) else None
+    if compiles_models(accelerator):
+        return "the launcher compiles the model"
+    return "the model is compiled and sharded" if config.runtime.compile and _shards(config, accelerator) else None
+
+
+def _shards(config: RunConfig, accelerator: Accelerator) -> bool:
+    # FSDP2 must see the logits, so the graph would return them instead of computing the loss, and need more memory.
+    try:
+        return find_sharding(config.runtime, accelerator.num_processes) is not None
+    except SettingsError:  # of a run that ignores these settings
+        return False
