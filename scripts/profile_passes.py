@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, nargs="+", default=[BATCH, 1], help="rows of a micro-batch")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--compile", action="store_true", help="compile the models, as `compile=True` does")
     parser.add_argument(
         "--least-bytes",
         type=int,
@@ -201,6 +202,8 @@ def main() -> None:
     for name in options.task:
         model, objective, collate = tasks[name]
         model.train()
+        if options.compile:
+            model.compile(dynamic=True)
         for size in options.size:
             batches = [collate(rows[start : start + size]) for start in range(0, ROWS, size)]
             times = profile(model, objective, batches, options.rounds)
