@@ -186,7 +186,9 @@ def test_gradients_of_a_compiled_model_equal_those_of_one_batch(name: str) -> No
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of older peft
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo, at a graph break
-@pytest.mark.parametrize("way", ["gradient checkpointing", "a scale of logits", "an adapter of the head"])
+@pytest.mark.parametrize(
+    "way", [*("gradient checkpointing", "a scale of logits", "an adapter of the head"), "a balance of experts"]
+)
 @pytest.mark.usefixtures("graphs")
 def test_gradients_of_a_compiled_model_equal_those_of_one_batch_with(way: str) -> None:
     """Equal up to float32's rounding, in which some compiled models compute."""

@@ -97,13 +97,15 @@ def build_objective(
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
-        forward.last_layer = _last_layer(config, forward, few, objective)
+        forward.last_layer = _last_layer(config, accelerator, forward, few, objective)
     return forward, objective
 
 
-def _last_layer(config: RunConfig, forward: ModelForward, few: Sample, objective: Objective) -> LastLayer | None:
+def _last_layer(
+    config: RunConfig, accelerator: Accelerator, forward: ModelForward, few: Sample, objective: Objective
+) -> LastLayer | None:
     """Return the last layer if it is enough to compute it at the positions that are read; else None."""
-    if config.runtime.loss_head == "full":
+    if config.runtime.loss_head == "full" or config.runtime.compile or compiles_models(accelerator):
         return None
     found = find_last_layer(config.components.model, forward, few, objective)
     if isinstance(found, LastLayer):
