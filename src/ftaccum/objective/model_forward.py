@@ -67,19 +67,14 @@ class ModelForward(Forward):
         The model runs without labels, unless it makes inputs from them. Return None if the targets are no class
         numbers, or if there are no logits.
         """
-        targets = targets_of(batch)
-        if targets is None or targets.is_floating_point():
-            return None
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
+        if not _chooses(batch):
             return None
         given = batch if self._needs_labels else _without_labels(batch)
         try:
             outputs = self._inner_gradients.run(lambda: self._outputs(model, given))
-            logits = logits_of(outputs)
+            return _classes_of(logits_of(outputs), batch)
         except Exception:  # the model needs the labels, or has no logits
             return None
-        return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Any:
         if not isinstance(batch, Mapping):
@@ -122,6 +117,30 @@ class ModelForward(Forward):
             "Name the labels as in `forward`, or give a `loss_fn`; for a model that computes its loss without "
             "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )
+
+
+def n_classes_in(outputs: Any, batch: Batch) -> int | None:
+    """Return how many classes the targets choose from, read off the outputs of a pass with these targets.
+
+    Return None if the outputs do not name their logits, or if the targets are no class numbers.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    return _classes_of(logits, batch) if isinstance(logits, Tensor) and _chooses(batch) else None
+
+
+def _chooses(batch: Batch) -> bool:
+    """Return whether the targets of a batch may be class numbers."""
+    targets = targets_of(batch)
+    if targets is None or targets.is_floating_point():
+        return False
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return not (isinstance(ids, Tensor) and ids.ndim == 3)  # multiple choice: each row has its own number of choices
+
+
+def _classes_of(logits: Tensor, batch: Batch) -> int | None:
+    targets = targets_of(batch)
+    assert targets is not None, "targets that may be class numbers"
+    return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1:] > (1,) else None
 
 
 def accepted_arguments(model: nn.Module) -> set[str] | None:

@@ -1,8 +1,9 @@
 """The ranges of numbers that a model and its loss accept, found by forward passes."""
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,10 +15,10 @@ from ..data.probe_rows import sample_positions
 from ..data.row import length_of
 from ..data.value_ranges import ValueRanges
 from ..objective.batch_changes import fresh_batch
-from ..objective.embedding_limits import find_embedding_limits
+from ..objective.embedding_limits import EmbeddingLimits, find_embedding_limits
 from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
-from ..objective.model_forward import ModelForward
+from ..objective.model_forward import ModelForward, n_classes_in
 from ..objective.own_loss import logits_of
 from ..objective.window_forward import WindowForward
 from ..runtime.state_guards import inspection_mode
@@ -38,21 +39,64 @@ def find_ranges(
     A `loss_fn` without an attribute `ignore_index` may accept any label, so its labels have no range.
     """
     model, loss_fn = components.model, components.loss_fn
-    device = next(model.parameters()).device
-    few = [fresh_batch(row, device) for row in _few_rows(forward, model, rows, row_collator)]
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
+    few, tried = _tried_rows(forward, model, rows, row_collator)
+    for each in tried:
+        sizes |= each.limits.sizes
+        lengths += [] if each.limits.longest is None else [each.limits.longest]
     with inspection_mode(model, *forward.modules), IndexGuard():
-        for row in few:  # several, since a faulty row may end its pass before it reaches all embeddings
-            limits = find_embedding_limits(partial(_run, forward, model, row), row)
-            sizes |= limits.sizes
-            lengths += [] if limits.longest is None else [limits.longest]
         is_binary = _is_binary_module(loss_fn) or (loss_fn is None and _computes_binary(forward, model, few[0]))
-        says_what_it_ignores = loss_fn is None or hasattr(loss_fn, "ignore_index")
-        n_classes = forward.n_classes(model, few[0]) if says_what_it_ignores else None
+        n_classes = None
+        if loss_fn is None or hasattr(loss_fn, "ignore_index"):  # it says what it ignores
+            n_classes = n_classes_in(tried[-1].outputs, tried[-1].row) or forward.n_classes(model, few[0])
     longest = min(lengths, default=None)
     # Run at most once, when the first longer row comes: no pass gets wider than the data require.
     takes_longer = cache(lambda: longest is None or _takes_any(forward, model, few, longest + 1))
     return ValueRanges(sizes, longest, takes_longer, n_classes, ignore_index, is_binary)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A row on which a forward pass was tried.
+
+    Attributes:
+        row: the row as a batch.
+        limits: the limits of the embeddings that the pass has reached.
+        outputs: what the model returned; None if the pass failed.
+    """
+
+    row: Batch
+    limits: EmbeddingLimits
+    outputs: Any
+
+    @classmethod
+    def of(cls, forward: ModelForward, model: nn.Module, row: Batch) -> "_Tried":
+        """Run a pass of a row, and restore what it changes in the model."""
+        outputs: list[Any] = []
+        with inspection_mode(model, *forward.modules), IndexGuard():
+            limits = find_embedding_limits(lambda: outputs.append(_run(forward, model, row)), row)
+        return cls(row, limits, outputs[0] if outputs else None)
+
+
+def _tried_rows(
+    forward: ModelForward, model: nn.Module, rows: Rows, row_collator: RowCollator
+) -> tuple[list[Batch], list[_Tried]]:
+    """Return a few short rows, and those of them that were tried, up to the first whose pass succeeds.
+
+    A successful pass reaches all embeddings. A failed one ends at a faulty number of its row, so another row follows.
+    """
+    device, tried = next(model.parameters()).device, list[_Tried]()
+    cut, whole = _few_rows(forward, rows, row_collator)
+    if cut:
+        few = [fresh_batch(row, device) for row in cut]
+        if (first := _Tried.of(forward, model, few[0])).outputs is not None:
+            return few, [first]
+    few = [fresh_batch(row, device) for row in whole()]
+    for row in few:
+        tried.append(_Tried.of(forward, model, row))
+        if tried[-1].outputs is not None:
+            break
+    return few, tried
 
 
 def _takes_any(forward: ModelForward, model: nn.Module, few: Sequence[Batch], length: int) -> bool:
@@ -70,12 +114,13 @@ def _takes(forward: ModelForward, model: nn.Module, row: Batch) -> bool:
     return True
 
 
-def _run(forward: ModelForward, model: nn.Module, row: Batch) -> None:
-    """Run a forward pass with its loss, unless the loss reads all rows of a window, which one row does not show."""
-    if isinstance(forward, WindowForward):
-        forward.outputs(model, row)
-    else:
-        forward(model, row)
+def _run(forward: ModelForward, model: nn.Module, row: Batch) -> Any:
+    """Run a forward pass with its loss, unless the loss reads all rows of a window, which one row does not show.
+
+    Returns:
+        The model's outputs.
+    """
+    return forward.outputs(model, row) if isinstance(forward, WindowForward) else forward(model, row)[1]
 
 
 def _stretched(row: Batch, length: int) -> Batch:
@@ -113,18 +158,18 @@ def _computes_binary(forward: ModelForward, model: nn.Module, row: Batch) -> boo
     return True
 
 
-def _few_rows(forward: ModelForward, model: nn.Module, rows: Rows, row_collator: RowCollator) -> list[Batch]:
-    """Return the shortest sampled rows, each as a batch. Prefer rows of at least two tokens, and cut long ones.
+def _few_rows(
+    forward: ModelForward, rows: Rows, row_collator: RowCollator
+) -> tuple[list[Batch], Callable[[], list[Batch]]]:
+    """Return the shortest sampled rows, each as a batch. Prefer rows of at least two tokens.
 
-    They stay whole if the model does not take cut ones: a failed pass shows no ranges.
+    Returns:
+        The rows cut to a few tokens; none if they must stay whole. And a function that returns them whole, for a model
+        that does not take cut ones.
     """
     positions = sample_positions(rows)
     lengths = {position: length_of(row) for position, row in zip(positions, rows.fetch(positions), strict=True)}
     few = sorted(positions, key=lambda position: (lengths[position] < 2, lengths[position]))[:_FEW]
     short = row_collator.shortened(rows, few) if forward.is_own else None
-    if short is not None:
-        device = next(model.parameters()).device
-        cut = [row_collator.seeded(short, [place], 0) for place in range(len(short))]
-        if all(_takes(forward, model, fresh_batch(row, device)) for row in cut):
-            return cut
-    return [row_collator.seeded(rows, [position], 0) for position in few]
+    cut = [] if short is None else [row_collator.seeded(short, [place], 0) for place in range(len(short))]
+    return cut, lambda: [row_collator.seeded(rows, [position], 0) for position in few]
