@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ftaccum import InexactLossWarning, test_fine_tuning, verify
-from ftaccum.objective import self_check_key
+from ftaccum.objective import self_check_key, whole_rows
 from ftaccum.objective.self_check_cache import Verdict, VerdictCache
 from ftaccum.training import build_cache
 
@@ -82,8 +82,8 @@ def confirms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., b
         torch.manual_seed(0)
         test_fine_tuning(
             package.Tagger(), train_data=train_data or rows(), n_epochs=1, validation_split=0.0, progress=False,
-            gradient_accumulation_steps=2, batch_size=2, max_updates=1, audit=False,
-            **{"self_check_cache": str(tmp_path / "verdicts"), **arguments},
+            gradient_accumulation_steps=2, batch_size=2, max_updates=1,
+            **{"self_check_cache": str(tmp_path / "verdicts"), "audit": False, **arguments},
         )  # fmt: skip
         return any(each.startswith(CONFIRMED) for each in said)
 
@@ -185,6 +185,8 @@ def test_a_loss_that_is_not_exact_is_not_kept(installed: Any, confirms: Any, tmp
         b'{"version": 2, "way": "labels", "measured": true, "shifts": false, "longest": 3}',
         b'{"version": 3, "way": "labels", "measured": true, "shifts": false, "longest": 3, "at_labels": true, '
         b'"gives_logits": true}',
+        b'{"version": 4, "way": "labels", "measured": true, "shifts": false, "longest": 3, "at_labels": true, '
+        b'"gives_logits": true, "whole": ""}',
         b'{"version": 1, "way": ["labels"], "measured": true, "shifts": false, "longest": 3}',
         b'{"version": 1, "way": "labels", "measured": 1, "shifts": false, "longest": 3}',
     ],
@@ -201,6 +203,22 @@ def test_a_broken_entry_is_ignored(content: bytes, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     VerdictCache(tmp_path / "file", "entry").keep(Verdict("labels", True, False, 3))
+
+
+def test_whole_rows_are_measured_again_if_they_are_others(
+    installed: Any, confirms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut rows have the same labels in both data sets."""
+    package, measured = installed(CODE), list[int]()
+    real = whole_rows._explains
+    monkeypatch.setattr(whole_rows, "_explains", lambda *args: (measured.append(1), real(*args))[1])
+    long = [{name: value.repeat(n + 4) for name, value in row.items()} for n, row in enumerate(rows() * 2)]
+    other = [row | {"input_ids": row["input_ids"].flip(0)} for row in long]
+    counts = []
+    for data in (long, long, other, other, long):
+        confirms(package, data, audit=True)
+        counts.append(len(measured))
+    assert counts == [1, 1, 2, 2, 3]
 
 
 def test_rare_values_that_the_loss_weights_are_measured_again(installed: Any, confirms: Any) -> None:

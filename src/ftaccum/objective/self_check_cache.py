@@ -10,8 +10,8 @@ from ..runtime.log import logger
 from .probe import EXPLAINED
 from .report import ExactnessReport
 
-_VERSION = 2
-_MOST_BYTES = 10_000  # an entry has about 100
+_VERSION = 3
+_MOST_BYTES = 10_000  # an entry has about 200
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Verdict:
         longest: the positions of the longest row that was run.
         at_labels: whether logits at labelled positions were enough for loss and gradient.
         gives_logits: whether the model then returns the outputs of its head unchanged, as logits.
+        whole: a hash of the whole rows whose loss the way to count explains, if it was measured on cut ones.
     """
 
     way: str
@@ -33,6 +34,7 @@ class Verdict:
     longest: int
     at_labels: bool = False
     gives_logits: bool = False
+    whole: str = ""
 
     @classmethod
     def of(cls, report: ExactnessReport, longest: int) -> "Verdict | None":
@@ -87,8 +89,19 @@ class VerdictCache:
         Args:
             gives_logits: whether the model then returns the outputs of its head unchanged, as logits.
         """
+        self._add(at_labels=True, gives_logits=gives_logits)
+
+    def add_whole(self, whole: str) -> None:
+        """Add to the verdict, if there is one, that it explains the loss of whole rows.
+
+        Args:
+            whole: the hash of these rows.
+        """
+        self._add(whole=whole)
+
+    def _add(self, **findings: Any) -> None:
         if (verdict := self.find()) is not None:
-            self.keep(replace(verdict, at_labels=True, gives_logits=gives_logits))
+            self.keep(replace(verdict, **findings))
 
     @property
     def _path(self) -> Path:
@@ -105,6 +118,7 @@ def _verdict(found: Any) -> Verdict | None:
         "longest": int,
         "at_labels": bool,
         "gives_logits": bool,
+        "whole": str,
     }
     if not isinstance(found, dict) or found.keys() != kinds.keys():
         return None

@@ -81,7 +81,7 @@ def build_objective(
         all_logits = _needs_all_logits(config, accelerator)
         measure = partial(_measure, config, ignore_index, cache, all_logits is None)
         short = few.short if forward.is_own and config.runtime.audit else None
-        forward, objective, few = _measured_on_short_or_whole(components.model, forward, short, few, measure)
+        forward, objective, few = _measured_on_short_or_whole(components.model, forward, short, few, measure, cache)
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -121,6 +121,7 @@ def _measured_on_short_or_whole(
     short: Sample | None,
     whole: Sample,
     measure: Callable[[ModelForward, Sample], Objective],
+    cache: VerdictCache | None,
 ) -> tuple[ModelForward, Objective, Sample]:
     """Return the forward pass, the objective and the rows that it was measured on.
 
@@ -130,12 +131,13 @@ def _measured_on_short_or_whole(
 
     Args:
         short: the cut rows; None to measure whole ones at once.
+        cache: where verdicts are kept.
     """
     if short is not None:
         tried = copy.deepcopy(forward)  # measuring changes it: where its loss is, its terms, its labelled head
         try:
             objective = measure(tried, short)
-            is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole)
+            is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole, cache)
         except Exception as error:  # a model may need rows of one length
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise  # whole rows do not fit either
