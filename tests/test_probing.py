@@ -320,6 +320,16 @@ def test_perturbed_last_weights_are_restored() -> None:
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_large_last_weights_get_noise_that_differs_between_rows() -> None:
+    model = nn.Linear(50, 25_000, bias=False)
+    before = model.weight.detach().clone()
+    with perturb_head(model):
+        noise_VH = model.weight.detach() - before
+        assert noise_VH.std().item() == pytest.approx(3 / 50**0.5, rel=0.01)
+        assert len(noise_VH[:, :2].unique(dim=0)) == 25_000
+    assert torch.equal(model.weight, before)
+
+
 def test_one_row_is_enough() -> None:
     head = HEADS["causal LM, Llama"]
     assert counted_by(head.model(), [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}]).startswith(

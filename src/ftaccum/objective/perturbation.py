@@ -13,6 +13,9 @@ from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import cast_tensors, preserve_gradients
 from .item_counts import Batch
 
+# The numbers to draw at most; larger weights repeat them. As the number is prime, rows get different ones.
+_DRAWN = (1 << 20) + 7
+
 
 @contextmanager
 def perturb_head(model: nn.Module) -> Iterator[None]:
@@ -86,12 +89,23 @@ def _noise(weights: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
     try:
         with torch.no_grad():
             for w in weights:
-                w.add_((torch.randn(w.shape, generator=draw) * scale).to(w.device, w.dtype))
+                _add_noise(w, draw, scale)
         yield
     finally:
         with torch.no_grad():
             for w, values in zip(weights, before, strict=True):
                 w.copy_(values)
+
+
+def _add_noise(weight: Tensor, draw: torch.Generator, scale: float) -> None:
+    if weight.numel() <= _DRAWN or not weight.is_contiguous():
+        weight.add_((torch.randn(weight.shape, generator=draw) * scale).to(weight.device, weight.dtype))
+        return
+    noise = (torch.randn(_DRAWN, generator=draw) * scale).to(weight.device, weight.dtype)
+    flat = weight.view(-1)
+    n_whole = len(flat) // _DRAWN * _DRAWN
+    flat[:n_whole].view(-1, _DRAWN).add_(noise)
+    flat[n_whole:].add_(noise[: len(flat) - n_whole])
 
 
 def _widened(batch: Batch) -> Batch:

@@ -108,6 +108,8 @@ def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _S
         groups = [(group.together, _parts(group)) for group in sample.rare]
     else:
         groups = [(batch, list(sample.separate(batch, UNEQUAL))) for batch in relabelled]
+    if not groups:
+        return True
     with perturb_head(measurement.model):
         observed = (
             Observed(measurement.losses(together), [separate.losses(part) for part in parts], parts)
