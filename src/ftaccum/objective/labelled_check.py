@@ -143,10 +143,14 @@ class _Comparison:
     def _of_losses(self) -> str | None:
         relabelled = with_rare_labels(self._sample, self._labelled.positions.ignore_index)
         rare = [group.together for group in self._sample.rare] if relabelled is None else relabelled
-        for batch in [self._sample.together, *rare]:
+        found = self._losses(self._sample.together, self._labelled)
+        batches = [self._sample.together, *rare]
+        # The self-check has measured the model's own loss with the same noise, unless its verdict came from the cache.
+        if _difference(self._objective.report.joint, found) <= self._tolerance:
+            batches = rare
+        for batch in batches:
             own, found = (self._losses(batch, head) for head in (None, self._labelled))
-            off = max(relative(found[term], own[term]) for term in own) if own.keys() == found.keys() else 1.0
-            if off > self._tolerance:
+            if (off := _difference(own, found)) > self._tolerance:
                 return f"the loss differs by {off:.1e}"
         return None
 
@@ -196,3 +200,8 @@ class _Comparison:
     def _run(self, batch: Batch, needs: NeededLogits) -> tuple[dict[str, Tensor], Any]:
         given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
         return self._forward(self._model, given, self._objective.count(batch), needs)
+
+
+def _difference(own: Mapping[str, float], found: Mapping[str, float]) -> float:
+    """Return the largest relative difference of a term, or 1 if the terms are not the same."""
+    return max(relative(found[term], own[term]) for term in own) if own.keys() == found.keys() else 1.0
