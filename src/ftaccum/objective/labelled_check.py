@@ -158,7 +158,7 @@ class _Comparison:
         """Compare gradients of two rows, that of labelled positions in two chunks if the logits allow it."""
         together = self._sample.separate(self._sample.together, PAIRS)[0]
         counts = {term: partial(self._count, term) for term in self._objective.terms}
-        n_half = max(1, int(self._count(LOSS, together)) // 2)
+        n_half = -(-int(self._count(LOSS, together)) // 2) or 1
         self._labelled.gives_logits = self.gives_logits
         sketches = []
         with training_mode(self._model, training=True), self._labelled.chunks_of(n_half):

@@ -82,7 +82,7 @@ class _SeparateBatches:
         """Return the means of a batch by term, with their graph; from logits in two chunks, if these are allowed."""
         if self._head is None:
             return self._measurement.means(batch)
-        n_half = max(1, len(self._head.positions.places(batch["labels"], None)) // 2)
+        n_half = -(-len(self._head.positions.places(batch["labels"], None)) // 2) or 1
         with self._head.chunks_of(n_half):
             return self._at_labels(batch, NeededLogits.NONE)
 
