@@ -8,7 +8,8 @@ without the profiler gives the largest growth of the process's resident memory. 
 Memory at each k is compared with k = 2, not k = 1: from k = 2 on, forward passes run while the gradients of earlier
 micro-batches are in memory.
 
-The table of logits is the exception: SmolLM2-135M with real weights, in whole runs with their self-check and audit.
+The table of logits is the exception: SmolLM2-135M with real weights, and the growth in the passes of an update alone.
+The self-check and audits compute all logits of a few rows.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py                    # about four minutes on one thread
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py --tables logits    # about ten minutes
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs every start
@@ -41,6 +43,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import packaged
 from ftaccum import test_fine_tuning
+from ftaccum.accumulation.accumulator import GradientAccumulator
 from measuring import DEVICE, machine
 
 MB = 1e6
@@ -75,18 +78,27 @@ def image_run(batch_size: int, k: int) -> dict[str, Any]:
     return _trained(conv_net(), images, batch_size, k, n_epochs=IMAGE_EPOCHS, loss_fn=nn.CrossEntropyLoss())
 
 
-def logits_run(loss_head: str, labelled: float) -> dict[str, Any]:
-    """Train SmolLM2 in bf16 autocast on 4 × 512 tokens an update.
+def logits_run(loss_head: str, labelled: float, checkpointing: bool) -> int:
+    """Train SmolLM2 in bf16 autocast on 4 × 512 tokens an update; return the growth of memory in the last update.
 
     Args:
         labelled: the share of each row that has labels, at its end.
     """
     model = AutoModelForCausalLM.from_pretrained(packaged.SMOLLM)
-    rows = []
-    for ids in torch.randint(1, model.config.vocab_size, (UPDATES * BATCH, LONG_ROW)).tolist():
-        n_ignored = LONG_ROW - int(labelled * LONG_ROW)
-        rows.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
-    return _trained(model, rows, BATCH, 1, loss_head=loss_head, mixed_precision="bf16", self_check_cache=False)
+    n_ignored = LONG_ROW - int(labelled * LONG_ROW)
+    ids = torch.randint(1, model.config.vocab_size, (UPDATES * BATCH, LONG_ROW)).tolist()
+    rows = [{"input_ids": row, "labels": [-100] * n_ignored + row[n_ignored:]} for row in ids]
+    peaks, accumulate = [], GradientAccumulator.accumulate
+
+    def recorded(*given: Any, **options: Any) -> Any:
+        peak, found = _allocated_at_most(accumulate, *given, **options)
+        peaks.append(peak)
+        return found
+
+    options = {"loss_head": loss_head, "gradient_checkpointing": checkpointing, "mixed_precision": "bf16"}
+    with patch.object(GradientAccumulator, "accumulate", recorded):
+        _trained(model, rows, BATCH, 1, **options)
+    return int(peaks[-1])
 
 
 def zeroing_run(k: int, set_to_none: bool) -> int:
@@ -139,9 +151,9 @@ def measured(run: Callable[..., Any], *given: Any) -> tuple[Peak, Any]:
     return Peak(allocated, resident), found
 
 
-def _allocated_at_most(run: Callable[..., Any], *given: Any) -> tuple[int, Any]:
+def _allocated_at_most(run: Callable[..., Any], *given: Any, **options: Any) -> tuple[int, Any]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        found = run(*given)
+        found = run(*given, **options)
     assert record.profiler is not None
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
@@ -231,19 +243,22 @@ def zeroing() -> Iterator[str]:
 
 def logits() -> Iterator[str]:
     packaged.prepare(packaged.SMOLLM)
-    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(packaged.SMOLLM).parameters())
-    state = 4 * weights  # with the gradient and the two moments of AdamW
-    yield f"SmolLM2-135M, updates of {BATCH} rows of {LONG_ROW} tokens, bf16 autocast, in MB.\n"
-    yield f"Weights, gradients and moments take {state / MB:.1f} MB of each peak; the second column is without them.\n"
-    yield _row("labels", "logits", "peak", "activations and logits", "against all", "process grew by")
-    yield _row(*["---"] * 6)
+    gradients = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(packaged.SMOLLM).parameters())
+    yield f"SmolLM2-135M, {BATCH} rows of {LONG_ROW} tokens, bf16 autocast, activations and logits in MB:\n"
+    yield _row(
+        "labels",
+        "all logits",
+        "at labels, in chunks",
+        "share",
+        *(f"{name}, checkpointing" for name in ("all", "at labels", "share")),
+    )
+    yield _row(*["---"] * 7)
     for labelled in (1.0, 0.5):
-        peaks = {head: measured(logits_run, head, labelled)[0] for head in ("full", "auto")}
-        for head, name in (("full", "all"), ("auto", "at labels")):
-            peak, resident = peaks[head].cells()
-            others = peaks[head].allocated - state
-            share = f"{others / (peaks['full'].allocated - state):.2f}"
-            yield _row(f"{labelled:.0%}", name, peak, f"{others / MB:.1f}", share, resident)
+        cells = []
+        for checkpointing in (False, True):
+            every, few = (_apart(logits_run, head, labelled, checkpointing) - gradients for head in ("full", "auto"))
+            cells += [f"{every / MB:.1f}", f"{few / MB:.1f}", f"{few / every:.2f}"]
+        yield _row(f"{labelled:.0%}", *cells)
 
 
 TABLES = {

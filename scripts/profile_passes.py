@@ -69,6 +69,9 @@ class OwnLoss:
     def means(self, model: Any, batch: Any, *_: Any) -> tuple[dict[str, torch.Tensor], None]:
         return {"loss": self.loss(model, batch)}, None
 
+    def attributes_before_lazy_passes(self) -> None:
+        """Return None: no layer is lazy."""
+
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         loss: torch.Tensor = model(**batch).loss
         return loss

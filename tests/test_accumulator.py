@@ -55,6 +55,9 @@ class SquaredError:
     modules: Sequence[nn.Module] = ()
     window = None
 
+    def attributes_before_lazy_passes(self) -> None:
+        """Return None: no layer is lazy."""
+
     def __init__(self, complaint: str | None = None) -> None:
         self.report = SimpleNamespace(in_training=SimpleNamespace(complaint=complaint))
 

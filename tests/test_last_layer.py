@@ -249,8 +249,62 @@ def test_a_pass_that_differs_from_those_before_training_is_run_with_a_whole_laye
     with all_in_float64(), choices() as found:
         errors = window_errors(changed(sometimes), BERT.rows(), **SIZES)
     assert found[0] == SHORT_WAY
-    assert any(text.startswith("at all positions in one pass") for text in found)
+    assert any(text.startswith("at all positions in one window") for text in found)
     assert max(errors) < ROUNDING
+
+
+class Counting(nn.Module):
+    """Counts its passes, moves a buffer, changes its batch, and fails with lazy hidden states in every third pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = BERT.model()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.n_passes = 0
+        dense = last_layer(self.inner).intermediate.dense
+        run = dense.forward
+        dense.forward = lambda hidden: run(hidden.mul_(1) if self.n_passes % 3 == 2 else hidden)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        outputs = self.inner(input_ids.clamp_(max=self.inner.config.vocab_size - 2) + 1, attention_mask, labels=labels)
+        if self.training and torch.is_grad_enabled():
+            self.n_passes += 1
+            self.mean.mul_(0.5).add_(outputs.logits.detach().mean())
+        return outputs
+
+
+def test_a_window_that_is_repeated_leaves_the_state_of_one_pass() -> None:
+    states = []
+    for loss_head in ("auto", "full"):
+        model = Counting()
+        with all_in_float64(), choices() as found:
+            gradients = accumulated_gradients(
+                model, BERT.rows(), **SIZES | {"loss_head": loss_head, "on_inexact": "ignore"}
+            )
+        states.append((model.n_passes, model.mean.item(), gradients))
+        assert any("in one window" in text for text in found) == (loss_head == "auto")
+    assert states[0][0] == states[1][0]
+    assert states[0][1] == pytest.approx(states[1][1], rel=1e-12)
+    assert max(map(relative_error, states[0][2], states[1][2])) < ROUNDING
+
+
+def test_hidden_states_that_a_model_keeps_are_whole() -> None:
+    model = BERT.model()
+    dense = last_layer(model).intermediate.dense
+    run = dense.forward
+
+    def keeping(hidden: Tensor) -> Tensor:
+        if is_training_pass():
+            model.kept = hidden.detach()
+        return run(hidden)
+
+    dense.forward = keeping
+    with all_in_float64(), choices() as found:
+        errors = window_errors(model, BERT.rows(), **SIZES)
+    assert found[0] == SHORT_WAY
+    assert max(errors) < ROUNDING
+    assert model.kept.norm().item() > 0
 
 
 def test_hooks_in_the_layer_see_all_positions() -> None:

@@ -46,6 +46,9 @@ class SquaredError:
     window = labelled_head = None
     report = SimpleNamespace(in_training=SimpleNamespace(complaint=None))
 
+    def attributes_before_lazy_passes(self) -> None:
+        """Return None: no layer is lazy."""
+
     def means(self, model: nn.Module, batch: Any, *_: Any) -> tuple[dict[str, Tensor], None]:
         return {"loss": ((model(batch[0]).squeeze(1) - batch[1]) ** 2).mean()}, None
 

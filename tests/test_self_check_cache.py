@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ftaccum import InexactLossWarning, test_fine_tuning, verify
-from ftaccum.objective import self_check_key, whole_rows
+from ftaccum.objective import self_check_confirm, self_check_key, whole_rows
 from ftaccum.objective.self_check_cache import Verdict, VerdictCache
 from ftaccum.training import build_cache
 
@@ -97,6 +97,18 @@ def test_a_second_run_confirms_the_verdict(installed: Any, confirms: Any, tmp_pa
     assert confirms(installed(CODE)), "the same code, loaded anew"
     assert len(list((tmp_path / "verdicts").iterdir())) == 1
     assert not confirms(package, self_check_cache=False)
+
+
+@pytest.mark.parametrize(("audit", "compares"), [(True, False), (3, False), (False, True)])
+def test_the_confirmation_compares_gradients_if_no_audit_does(
+    audit: bool | int, compares: bool, installed: Any, confirms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, compared = installed(CODE), []
+    confirms(package, audit=audit)
+    agree = self_check_confirm._gradients_agree
+    monkeypatch.setattr(self_check_confirm, "_gradients_agree", lambda *given: compared.append(1) or agree(*given))
+    assert confirms(package, audit=audit)
+    assert bool(compared) == compares
 
 
 def test_edits_of_forward_the_loss_and_the_data_are_measured_again(installed: Any, confirms: Any) -> None:

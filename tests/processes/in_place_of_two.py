@@ -48,6 +48,9 @@ class Net(nn.Module):
 class SquaredError:
     terms, window, modules = ("loss",), None, ()
 
+    def attributes_before_lazy_passes(self) -> None:
+        """Return None: no layer is lazy."""
+
     def means(self, model: nn.Module, batch: Any, *_: Any) -> tuple[dict[str, Tensor], None]:
         return {"loss": model(*batch).square().mean()}, None
 

@@ -22,6 +22,8 @@ from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.in_place import InPlaceGradients
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
+from ..runtime.lazy.value import LazyError
+from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
@@ -96,15 +98,22 @@ class GradientAccumulator:
         self._refuse_unfrozen()
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
+        attributes = self._objective.attributes_before_lazy_passes()
         try:
             window = self._accumulate(micro_batches, start, factor, seed, n_first)
-        except Exception:  # restore the state after the previous update
+        except Exception as error:  # restore the state after the previous update
             self.zero_gradients()
             self._strategy.reset()
             start.generators.restore()
             self._buffers.restore(start.buffers)
-            raise
-        return replace(window, moved_buffers=self._buffers.moved())
+            if attributes is None or not isinstance(error, LazyError):
+                raise
+            attributes.restore()
+            logger.debug(f"The last layer is computed at all positions in one window: {error}.")
+        else:
+            return replace(window, moved_buffers=self._buffers.moved())
+        with self._objective.whole_layers():
+            return self.accumulate(micro_batches, factor, seed, n_first)
 
     def synced_buffers(self) -> SyncedBuffers:
         """Return the same buffers for an accumulator whose caller undoes its passes."""

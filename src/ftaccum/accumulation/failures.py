@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import DataError
+from ..runtime.lazy.value import LazyError
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 
-Failure = DataError | WindowOutOfMemoryError
+Failure = DataError | WindowOutOfMemoryError | LazyError
 
 
 def failure_of(index: int, error: Exception) -> Failure | None:
@@ -18,16 +19,19 @@ def failure_of(index: int, error: Exception) -> Failure | None:
     Args:
         index: the position of the pass in the window.
     """
-    if isinstance(error, DataError):
+    if isinstance(error, DataError | LazyError):
         return error
     return WindowOutOfMemoryError(FailedPass(index, str(error))) if is_out_of_memory(error) else None
 
 
 def leave_after(failure: Failure | None, process_group: ProcessGroup) -> None:
-    """Raise an error on all processes if any of them has a failure: its DataError, or an out-of-memory error."""
+    """Raise an error on all processes if any of them has a failure: its DataError, a LazyError, or an out-of-memory
+    error."""
     if not process_group.any(failure is not None):
         return
     process_group.run_on_all(lambda: _raise_data_error(failure))
+    if process_group.any(isinstance(failure, LazyError)):
+        raise failure if isinstance(failure, LazyError) else LazyError("a pass of another process failed")
     raise failure or WindowOutOfMemoryError(None)
 
 

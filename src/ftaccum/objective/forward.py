@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..runtime.lazy.value import LazyError
-from ..runtime.log import logger
 from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
@@ -87,15 +85,11 @@ class Forward(ABC):
         return scalars_of(loss), outputs
 
     def _outputs_for_loss(self, model: nn.Module, batch: Batch) -> Any:
-        """Run the model on a batch, with a lazy last layer if there is one, and return its outputs."""
-        if self.last_layer is None:
+        """Run the model on a batch and return its outputs. With gradients, the last layer is lazy if there is one."""
+        if self.last_layer is None or not torch.is_grad_enabled():
             return self._outputs(model, batch)
-        try:
-            with self.last_layer.lazily():
-                return self._outputs(model, batch)
-        except LazyError as error:  # this pass differs from those before training
-            logger.debug(f"The last layer is computed at all positions in one pass: {error}.")
-        return self._outputs(model, batch)
+        with self.last_layer.lazily():
+            return self._outputs(model, batch)
 
     def _parts(self, outputs: Any, loss: Tensor) -> dict[str, Tensor]:
         """Return the terms that the model's own loss adds up, with 0 for those that it omits, as some do in eval mode.

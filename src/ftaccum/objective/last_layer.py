@@ -12,10 +12,17 @@ from typing import Any
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from ..runtime.lazy.tensor import is_lazy, lazy, whole
-from ..runtime.lazy.value import Frame
-from ..runtime.module_attributes import has_hooks_after, has_hooks_before, has_hooks_on_gradients
+from ..runtime.lazy.tensor import LazyPass, is_lazy, whole
+from ..runtime.lazy.value import Frame, LazyError
+from ..runtime.memory import is_out_of_memory
+from ..runtime.module_attributes import (
+    ModuleAttributes,
+    has_hooks_after,
+    has_hooks_before,
+    has_hooks_on_gradients,
+)
 from ..runtime.sharding.tensors import is_sharded
+from .labelled_head import modules_around
 
 
 class LastLayer:
@@ -27,40 +34,54 @@ class LastLayer:
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
         self.layer = layer
-        self._model = model
+        self._model, self._around = model, modules_around(model, layer)
 
     @contextmanager
     def lazily(self) -> Iterator[list[Frame]]:
-        """Make the input lazy in forward passes until exit, unless hooks inside the layer read what it computes.
+        """Make the input lazy in the forward passes until exit, unless hooks read what the layer computes.
 
         Yields:
             The frames of these passes.
+
+        Raises:
+            LazyError: if a pass fails that may succeed with plain tensors.
         """
+        passes: list[LazyPass] = []
         frames: list[Frame] = []
+        if self.reason() is not None:
+            yield frames
+            return
 
         def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
             if not inputs or not can_be_lazy(inputs[0]):
                 return None
-            hidden, frame = lazy(inputs[0])
-            frames.append(frame)
-            return (hidden, *inputs[1:]), options
+            passes.append(LazyPass(inputs[0]))
+            frames.append(passes[-1].frame)
+            return (passes[-1].hidden, *inputs[1:]), options
 
-        if self.reason() is not None:
-            yield frames
-            return
         handles = [
             self.layer.register_forward_pre_hook(before, with_kwargs=True),
             self._model.register_forward_hook(_with_whole_outputs),
         ]
         try:
             yield frames
+            for each in passes:
+                each.close()
+        except Exception as error:
+            if isinstance(error, LazyError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+                raise
+            raise LazyError(f"{type(error).__name__}: {error}") from error
         finally:
             for handle in handles:
                 handle.remove()
 
+    def attributes(self) -> ModuleAttributes:
+        """Return the attributes of the model's modules as they are now."""
+        return ModuleAttributes(self._model)
+
     def reason(self) -> str | None:
         """Return why the layer is computed at all positions; None if nothing is known to speak against less."""
-        if any(map(_has_hooks, self.layer.modules())):
+        if any(map(_has_hooks, self.layer.modules())) or any(map(has_hooks_on_gradients, self._around)):
             return "the last layer has hooks, which may read all positions"
         if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
             return "the layers are checkpointed"

@@ -1,17 +1,19 @@
 """Find out before training whether the last layer can be computed only at the positions that are read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, training_mode
+from ..runtime.temporary_attribute import temporary_attribute
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
@@ -78,10 +80,13 @@ class _Comparison:
         with last_layer.lazily() as frames:
             found = self._losses_and_gradient(batch)
         n_weights = sum(weight.numel() for weight in layers[place].parameters())
-        if sum(frame.saved_weights() for frame in frames) < _LEAST_SHARE * n_weights:
+        if sum(frame.saved_weights for frame in frames) < _LEAST_SHARE * n_weights:
             return "all of its positions are read", place
-        with training_mode(self._model, training=True), last_layer.lazily():
-            self._means(batch)  # with dropout, which must not draw twice for one position
+        # With dropout, which must not draw twice for one position, and draws when a position is read.
+        with torch.enable_grad(), training_mode(self._model, training=True), _seeding() as seeded, last_layer.lazily():
+            self._means(batch)
+        if seeded:
+            return "the model sets the state of random numbers", place
         return self._difference(batch, last_layer, own, found), place
 
     def _difference(self, batch: Batch, last_layer: LastLayer, own: "_Pass", found: "_Pass") -> str | None:
@@ -145,6 +150,25 @@ def _layers(model: nn.Module) -> list[nn.Module]:
             found += module
             inner |= {part for layer in module for part in layer.modules()}
     return found
+
+
+@contextmanager
+def _seeding() -> Iterator[list[str]]:
+    """Note the calls of functions that set the state of torch's random numbers."""
+    called: list[str] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            called.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for name in ("manual_seed", "seed", "set_rng_state"):
+            for owner in (torch, torch.random):  # `fork_rng` uses the latter's
+                stack.enter_context(temporary_attribute(owner, name, noting(getattr(owner, name))))
+        yield called
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """The objective of training: mean losses of a model on micro-batches, and the number of loss items in each."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..runtime.module_attributes import ModuleAttributes
 from .batch_changes import WatchedBatch
 from .forward import Forward
 from .item_counts import Batch
@@ -55,6 +57,23 @@ class Objective:
     def labelled_head(self) -> LabelledHead | None:
         """The head that computes logits only at labelled positions; None if the model computes them all."""
         return self._forward.labelled_head
+
+    def attributes_before_lazy_passes(self) -> ModuleAttributes | None:
+        """Return the attributes of modules before passes with a lazy last layer; None if it is whole.
+
+        If such a pass raises `LazyError`, restore them, and repeat the window in `whole_layers`.
+        """
+        last_layer = self._forward.last_layer
+        return None if last_layer is None else last_layer.attributes()
+
+    @contextmanager
+    def whole_layers(self) -> Iterator[None]:
+        """Compute the last layer at all positions, until exit."""
+        before, self._forward.last_layer = self._forward.last_layer, None
+        try:
+            yield
+        finally:
+            self._forward.last_layer = before
 
     @property
     def loss_place(self) -> int | None:

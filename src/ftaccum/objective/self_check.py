@@ -81,11 +81,11 @@ def measured_objective(
 
 def _cached(measurement: Measurement, cache: VerdictCache | None, *, tries_labels: bool) -> ExactnessReport | None:
     """Return the report of an earlier verdict, if these rows confirm it. The main process decides."""
-    verdict = of_main_process(None if cache is None else cache.find())
+    verdict, is_audited = of_main_process((None, False) if cache is None else (cache.find(), cache.is_audited))
     if verdict is None:
         return None
     head = _labelled_head(measurement, verdict) if tries_labels else None
-    report = of_main_process(confirmed(measurement, verdict, head))
+    report = of_main_process(confirmed(measurement, verdict, head, with_gradient=not is_audited))
     if report is not None:
         measurement.forward.labelled_head = head
         logger.debug(f"The rows confirm the cached verdict of the self-check: a mean over {report.ways[LOSS]}.")

@@ -61,10 +61,12 @@ class VerdictCache:
     Attributes:
         folder: the folder, which is created on the first write.
         key: the name of the entry: a hash of everything that the verdict depends on.
+        is_audited: whether an audit of this run compares gradients, so that a verdict is confirmed by losses alone.
     """
 
     folder: Path
     key: str
+    is_audited: bool = False
 
     def find(self) -> Verdict | None:
         """Return the verdict; None if there is none, or if the entry is broken."""

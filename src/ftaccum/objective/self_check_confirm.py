@@ -1,11 +1,13 @@
-"""A short confirmation of a cached verdict: one batch and separate ones, with gradients, on the rows of this run.
+"""A short confirmation of a cached verdict: the losses of one batch and of separate ones, on the rows of this run.
+
+Gradients are compared as well, unless the run audits its first update, which compares them on rows of training.
 
 The one batch runs as the model does. The separate ones run as in training, with logits at labelled positions only if
 an earlier run found that to be enough.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
-from ..runtime.state_guards import Generators
+from ..runtime.state_guards import Generators, preserve_buffers
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck
 from .item_counts import Batch, tensors_of
@@ -26,7 +28,7 @@ from .probe import EXPLAINED, Explanation, difference
 from .rare_labels import with_rare_labels
 from .recount import Observed
 from .report import ExactnessReport, InTraining
-from .sample import UNEQUAL, RowGroup
+from .sample import UNEQUAL, RowGroup, Sample
 from .self_check_cache import Verdict
 
 
@@ -36,9 +38,13 @@ def length_of_longest(measurement: Measurement) -> int:
 
 
 def confirmed(
-    measurement: Measurement, verdict: Verdict, labelled_head: LabelledHead | None = None
+    measurement: Measurement,
+    verdict: Verdict,
+    labelled_head: LabelledHead | None = None,
+    *,
+    with_gradient: bool = True,
 ) -> ExactnessReport | None:
-    """Return the report that a verdict stands for, if the loss and the gradient of the rows agree with it; else None.
+    """Return the report that a verdict stands for, if the rows agree with it; else None.
 
     The rows run in train mode without random draws, once in one batch and once in separate ones, at their own widths.
     A longest row that is longer than the one that was run runs as well. So do rows with rare values, in eval mode: the
@@ -46,6 +52,7 @@ def confirmed(
 
     Args:
         labelled_head: computes the logits of the separate batches, if the verdict says that it may; else None.
+        with_gradient: whether to compare the gradient, too.
     """
     measurement = replace(measurement, terms=(LOSS,))
     if verdict.way not in measurement.ways()[LOSS]:
@@ -57,7 +64,7 @@ def confirmed(
             measurement = replace(measurement, prepared=widened)
             separate = _SeparateBatches(measurement, labelled_head)
             explains = _explains_rare_rows(measurement, verdict, separate)
-            loss = _loss(measurement, verdict, separate) if explains else None
+            loss = _loss(measurement, verdict, separate, with_gradient=with_gradient) if explains else None
     except Exception as error:  # the measurement that follows reports it
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             give_back_memory()
@@ -124,7 +131,9 @@ def _parts(group: RowGroup) -> list[Batch]:
     return [group.take(part) for part in (places[:1], places[1::2], places[2::2]) if part]
 
 
-def _loss(measurement: Measurement, verdict: Verdict, separate_batches: _SeparateBatches) -> float | None:
+def _loss(
+    measurement: Measurement, verdict: Verdict, separate_batches: _SeparateBatches, *, with_gradient: bool
+) -> float | None:
     """Return the loss of the rows in one batch; None if that of separate ones, or its gradient, differs."""
     sample, model, modules = measurement.sample, measurement.model, measurement.forward.modules
     counts = chosen_counts(measurement.ways(), {LOSS: verdict.way})
@@ -136,20 +145,30 @@ def _loss(measurement: Measurement, verdict: Verdict, separate_batches: _Separat
         return found
 
     separate = measurement.own_width or sample.separate(sample.together, UNEQUAL)
-    reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
-    runs = [partial(recorded, means) for means in (measurement.means, separate_batches.means)]
-    check = GradientCheck(model, runs[0], counts, modules, runs[1])
+    in_one, in_parts = (partial(recorded, means) for means in (measurement.means, separate_batches.means))
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
         generators = Generators.now()
-        joint = check.together(sample.together)
-        if not generators.unchanged() or not math.isfinite(joint.norm()) or not joint.norm():
+        if with_gradient:
+            agrees = _gradients_agree(GradientCheck(model, in_one, counts, modules, in_parts), sample, separate)
+        else:
+            agrees = True
+            for run, batch in ((in_one, sample.together), *((in_parts, part) for part in separate)):
+                with preserve_buffers(model, *modules), preserve_attributes(model, *modules):
+                    run(batch)
+        if not agrees or not generators.unchanged() or any(found.keys() != {LOSS} for found in losses):
             return None
-        gradient = check.difference(joint, sample.together, separate, reordered, 10 * EXPLAINED)
-    if gradient.off or any(found.keys() != {LOSS} for found in losses):
-        return None
     first, *others = losses
     off = difference(first, others[: len(separate)], separate, LOSS, counts[LOSS])
-    return first[LOSS] if off <= EXPLAINED else None
+    return first[LOSS] if math.isfinite(first[LOSS]) and off <= EXPLAINED else None
+
+
+def _gradients_agree(check: GradientCheck, sample: Sample, separate: Sequence[Batch]) -> bool:
+    """Return whether the gradient of separate batches is that of one, and neither 0 nor infinite."""
+    reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
+    joint = check.together(sample.together)
+    if not math.isfinite(joint.norm()) or not joint.norm():
+        return False
+    return not check.difference(joint, sample.together, separate, reordered, 10 * EXPLAINED).off
 
 
 def _report(measurement: Measurement, verdict: Verdict, loss: float) -> ExactnessReport:

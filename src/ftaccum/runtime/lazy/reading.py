@@ -59,7 +59,19 @@ def _read(value: Value, items: Sequence[Any]) -> Tensor | None:
     are_pairs = isinstance(rows, Tensor) and isinstance(positions, Tensor) and rows.shape == positions.shape
     if not are_pairs or not all(isinstance(item, slice) and item == _ALL for item in others):
         return None
-    return value.at(Pairs(rows, positions))[:, 0]
+    return _of_pairs(value, rows, positions)
+
+
+def _of_pairs(value: Value, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return the value at pairs of a row and a position. A pair that is given twice is computed once."""
+    frame = value.frame
+    for index, size in ((rows, frame.n_rows), (positions, frame.length)):
+        if not ((index >= -size) & (index < size)).all():
+            raise IndexError(f"an index is out of bounds for a dimension of size {size}")
+    places, inverse = torch.unique(rows % frame.n_rows * frame.length + positions % frame.length, return_inverse=True)
+    if len(places) == len(rows):
+        return value.at(Pairs(rows % frame.n_rows, positions % frame.length))[:, 0]
+    return value.at(Pairs(places // frame.length, places % frame.length))[inverse, 0]
 
 
 def _one_position(item: Any, length: int) -> int | None:

@@ -66,7 +66,7 @@ def elementwise(call: Call, *, draws: bool = False) -> Value | None:
 
 
 def dropout(call: Call) -> Value | None:
-    return elementwise(call, draws=bool(call.option(2, "training", True)))
+    return elementwise(call, draws=bool(call.option(2, "training", True) and call.option(1, "p", 0.5) > 0))
 
 
 def within_positions(n_dims: Callable[[Call], int]) -> Callable[[Call], Value | None]:
@@ -87,7 +87,7 @@ def within_positions(n_dims: Callable[[Call], int]) -> Callable[[Call], Value | 
 def linear(call: Call) -> Value | None:
     found = within_positions(lambda _: 1)(call)
     if found is not None:
-        found.frame.products.append((found, call.option(1, "weight").numel()))
+        found.n_weights = call.option(1, "weight").numel()
     return found
 
 
@@ -260,14 +260,15 @@ _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "true_divide", "pow", "neg", "abs", "exp", "square", "sqrt", "rsqrt", "reciprocal"),
     *("tanh", "sigmoid", "erf", "clamp", "minimum", "maximum", "where", "masked_fill", "softplus"),
     *("gelu", "relu", "silu", "mish", "relu6", "hardswish", "elu", "leaky_relu"),
-    *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach"),
 )
+_CONVERSIONS = ("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach")
 _SIZE_OF_NORM = within_positions(
     lambda call: len(call.args[1]) if len(call.args) > 1 else len(call.kwargs["normalized_shape"])
 )
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(_on_tensors(*_ELEMENTWISE), elementwise),
+    **dict.fromkeys(_on_tensors(*_CONVERSIONS), within_positions(lambda _: 0)),
     **dict.fromkeys(_on_tensors("layer_norm", "rms_norm"), _SIZE_OF_NORM),
     **dict.fromkeys(_on_tensors("softmax", "log_softmax"), along(1)),
     **dict.fromkeys(_on_tensors("mean", "sum", "amax"), reduction),

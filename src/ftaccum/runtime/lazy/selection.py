@@ -61,7 +61,7 @@ class Position(Selection):
 
 @dataclass(frozen=True, eq=False)
 class Pairs(Selection):
-    """Pairs of a row and a position, each of shape (N,). Values have N rows and one position each."""
+    """Different pairs of a row and a position, from 0, each of shape (N,). Values have N rows and one position each."""
 
     rows: Tensor
     positions: Tensor
@@ -74,4 +74,4 @@ class Pairs(Selection):
         return value.index_select(0, self.rows)
 
     def causal(self, n_keys: int, device: torch.device) -> Tensor | None:
-        return (torch.arange(n_keys, device=device) <= self.positions[:, None] % n_keys)[:, None, None]
+        return (torch.arange(n_keys, device=device) <= self.positions[:, None])[:, None, None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,27 +16,29 @@ class LazyError(RuntimeError):
     """An operation whose result would depend on when values are computed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frame:
     """What the values of one forward pass share.
 
     Attributes:
         n_rows, length: the number of rows, and of positions in each.
-        products: the values that are products with a weight, and how many numbers the weight has.
+        saved_weights: the numbers of weights that were multiplied with some positions only.
+        is_open: whether the pass is running.
     """
 
     n_rows: int
     length: int
     device: torch.device
-    grad: bool = field(default_factory=torch.is_grad_enabled)
-    autocast: torch.dtype | None = None
-    products: list[tuple["Value", int]] = field(default_factory=list)
+    grad: bool
+    autocast: torch.dtype | None
+    saved_weights: int = 0
+    is_open: bool = True
 
     @classmethod
     def of(cls, hidden_BLH: Tensor) -> "Frame":
         """Return the frame of a pass with these hidden states."""
-        n_rows, length = hidden_BLH.shape[:2]
-        return cls(n_rows, length, hidden_BLH.device, autocast=_autocast(hidden_BLH.device))
+        (n_rows, length), device = hidden_BLH.shape[:2], hidden_BLH.device
+        return cls(n_rows, length, device, torch.is_grad_enabled(), _autocast(device))
 
     def is_current(self) -> bool:
         """Return whether autograd and autocast are set as at the start of the pass."""
@@ -52,10 +54,6 @@ class Frame:
         with torch.set_grad_enabled(self.grad), torch.autocast(kind, dtype, enabled=self.autocast is not None):
             yield
 
-    def saved_weights(self) -> int:
-        """Return how many numbers of weights were not multiplied with all positions."""
-        return sum(size for product, size in self.products if product.is_partial)
-
 
 class Value:
     """A value with rows in dimension 0 and positions in another.
@@ -64,6 +62,7 @@ class Value:
         dim: the dimension of positions, negative.
         shape: its shape with all positions.
         like: the value at no position, which has its type.
+        n_weights: the numbers of the weight that it is a product with; 0 for other values.
     """
 
     def __init__(
@@ -74,11 +73,11 @@ class Value:
         operands: tensors that it reads, which must not change until then.
         draws: whether it draws random numbers.
         """
-        self.frame, self.dim = frame, dim
+        self.frame, self.dim, self.n_weights = frame, dim, 0
         self._compute, self._draws = compute, draws
-        self._versions = [(operand, operand._version) for operand in operands if not operand.is_inference()]
-        self._whole: Tensor | None = None
-        self._read: dict[Selection, Tensor] = {}
+        self._operands = [_Kept(operand) for operand in operands]
+        self._whole: _Kept | None = None
+        self._read: dict[Selection, _Kept] = {}
         self.like = compute(NOTHING)
         shape = list(self.like.shape)
         if shape[0] != frame.n_rows or shape[dim] != 0:
@@ -104,25 +103,45 @@ class Value:
         """Return the value at selected positions.
 
         Raises:
-            LazyError: if an operand has changed, or random numbers would be drawn twice for one position.
+            LazyError: if a tensor that it depends on has changed, or random numbers would be drawn twice for one
+                position.
         """
         if selection is NOTHING:
             return self.like
         if self._whole is not None:
-            return selection.of(self._whole, self.dim)
+            whole = self._whole.unchanged() if self.frame.is_open else self._whole.tensor
+            return selection.of(whole, self.dim)
         if selection in self._read:
-            return self._read[selection]
+            return self._read[selection].unchanged()
         if self._draws and self._read:
             raise LazyError("random numbers for some positions are needed again for others")
-        if any(operand._version != version for operand, version in self._versions):
-            raise LazyError("a tensor was changed in place before it was used")
+        for operand in self._operands:
+            operand.unchanged()
+        was_partial = self.is_partial
         with self.frame.settings():
-            value = self._compute(selection)
+            value = _Kept(self._compute(selection))
         if selection is EVERYTHING:
             self._whole = value
         else:
             self._read[selection] = value
-        return value
+        self.frame.saved_weights += self.n_weights * (self.is_partial - was_partial)
+        return value.tensor
+
+
+class _Kept:
+    """A tensor that must not change in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._version = tensor, _version(tensor)
+
+    def unchanged(self) -> Tensor:
+        if _version(self.tensor) != self._version:
+            raise LazyError("a tensor was changed in place before it was used")
+        return self.tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
