@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
-from ..errors import DataError, SettingsError
+from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..objective.objective import Objective
@@ -28,7 +28,7 @@ from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
 from .dummies import leaving_no_trace
-from .failures import Failure, failure_of, leave_after, synced_pass
+from .failures import Failure, failure_of, leave_after, refuse_unfrozen, synced_pass
 from .halves import HalfGradients
 from .two_passes import MicroBatchLoss, TwoPasses
 from .window import AccumulatedWindow, WindowStart
@@ -95,7 +95,8 @@ class GradientAccumulator:
                 synced.
             torch.OutOfMemoryError: if memory ran out in a pass that other processes wait in.
         """
-        self._refuse_unfrozen()
+        if not (self._process_group.is_single or self._strategy.reduces_after_passes):
+            refuse_unfrozen(self._model, self._trained)
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         attributes = self._objective.attributes_before_lazy_passes()
@@ -140,21 +141,6 @@ class GradientAccumulator:
         self._embeddings.drop()
         for p in (*self._strategy.parameters, *self._trained):
             p.grad = None
-
-    def _refuse_unfrozen(self) -> None:
-        """Refuse weights that have been unfrozen: DDP would not sync their gradients, and FSDP2 would drop them."""
-        if self._process_group.is_single or self._strategy.reduces_after_passes:
-            return
-        known = set(self._trained)
-        names = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in known]
-        if names:
-            raise SettingsError(
-                [
-                    f"The weight `{names[0].removeprefix('module.')}` was frozen at the start of the run and is not "
-                    "any more. With several processes, weights can be frozen during a run, but not unfrozen. Leave it "
-                    "trainable with a learning rate of 0, or start a new run after unfreezing it."
-                ]
-            )
 
     def _accumulate(
         self,

@@ -117,10 +117,8 @@ class GradientAuditor:
                 return None
             rounding = None
             if tolerance is None or audit.error > tolerance:
-                if reference == ONE_BATCH:
-                    rounding = self._rounding_of_one(compared, wanted)
-                else:
-                    rounding = self._rounding_of_cut(sample, accumulated)
+                of_one = (compared, wanted) if reference == ONE_BATCH else None
+                rounding = self._rounding(sample, accumulated, of_one)
         selects = self._objective.labelled_head is not None
         return replace(audit, rounding=rounding, keeps_state=self._keeps_state, selects_positions=selects)
 
@@ -178,6 +176,22 @@ class GradientAuditor:
             return ONE_BATCH, one, wanted
         other = sample.cut_otherwise()
         return ANOTHER_CUT, other, None if other is None else self._accumulate(other)
+
+    def _rounding(
+        self,
+        sample: AuditSample,
+        accumulated: "_Measured",
+        of_one: "tuple[AuditSample | None, _Measured | None] | None",
+    ) -> float | None:
+        """Measure rounding: that of one batch, and that of an accumulated gradient if it may round in another way.
+
+        Args:
+            of_one: the one batch and its gradient; None if the reference is another cut.
+        """
+        found = [] if of_one is None else [self._rounding_of_one(*of_one)]
+        if not found or self._objective.takes_short_ways:
+            found.append(self._rounding_of_cut(sample, accumulated))
+        return max((each for each in found if each is not None), default=None)
 
     def _rounding_of_one(self, one: AuditSample | None, wanted: "_Measured | None") -> float | None:
         """Measure the rounding of one batch: compute it again with its rows in reverse and a third of the loss."""

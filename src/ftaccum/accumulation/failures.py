@@ -1,16 +1,35 @@
 """Failures in a window with which all processes leave it together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..runtime.lazy.value import LazyError
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 
 Failure = DataError | WindowOutOfMemoryError | LazyError
+
+
+def refuse_unfrozen(model: nn.Module, trained: Iterable[Tensor]) -> None:
+    """Refuse weights that have been unfrozen: DDP would not sync their gradients, and FSDP2 would drop them.
+
+    Args:
+        trained: the weights that were trained at the start of the run.
+    """
+    known = set(trained)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
+    if names:
+        raise SettingsError(
+            [
+                f"The weight `{names[0].removeprefix('module.')}` was frozen at the start of the run and is not any "
+                "more. With several processes, weights can be frozen during a run, but not unfrozen. Leave it "
+                "trainable with a learning rate of 0, or start a new run after unfreezing it."
+            ]
+        )
 
 
 def failure_of(index: int, error: Exception) -> Failure | None:

@@ -76,6 +76,11 @@ class Objective:
             self._forward.last_layer = before
 
     @property
+    def takes_short_ways(self) -> bool:
+        """Whether passes of training compute fewer positions than the model itself, and so round differently."""
+        return self._forward.labelled_head is not None or self._forward.last_layer is not None
+
+    @property
     def loss_place(self) -> int | None:
         """The position of the model's own loss among its outputs in eval mode, if they have no names."""
         return self._forward.loss_place
