@@ -1,6 +1,7 @@
 """The last layer at the positions that are read: the gradient of all positions, and all of them where the loss does."""
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -218,7 +219,7 @@ def changed(change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "a function of autograd": (Doubled.apply, "at all positions: "),
+    "a function of autograd": (Doubled.apply, "at all positions: the model fails with a lazy last layer: `mul` runs"),
     "an operation in place": (
         lambda hidden: hidden.mul_(2),
         "at all positions: the model fails with a lazy last layer",
@@ -287,6 +288,15 @@ def test_a_window_that_is_repeated_leaves_the_state_of_one_pass() -> None:
     assert states[0][0] == states[1][0]
     assert states[0][1] == pytest.approx(states[1][1], rel=1e-12)
     assert max(map(relative_error, states[0][2], states[1][2])) < ROUNDING
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_all_processes_repeat_a_window_that_fails_on_one(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("lazy_of_two.py")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert [n_repeated for _, n_repeated in found] == [2, 2]
+    assert max(error for error, _ in found) < ROUNDING
 
 
 def test_hidden_states_that_a_model_keeps_are_whole() -> None:

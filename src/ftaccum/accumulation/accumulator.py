@@ -6,8 +6,8 @@ items adds the gradient of its mean loss times n / N. All processes run the same
 once, in the last pass. A loss that reads all rows of the window together takes two passes (`two_passes`).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ..runtime.gradients.in_place import InPlaceGradients
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
 from ..runtime.lazy.value import LazyError
-from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
@@ -78,15 +77,15 @@ class GradientAccumulator:
     ) -> AccumulatedWindow:
         """Add the gradient of a window's loss, the mean over its loss items on all processes, to `grad`.
 
-        If this fails, drop gradients and restore random state and buffers.
+        If this fails, drop gradients and restore random state and buffers. If a pass with a lazy last layer fails,
+        repeat the window with a whole one; `after_pass` is then called for the passes of both.
 
         Args:
             micro_batches: this process's part of the window. All processes must have the same number; dummy
                 micro-batches stand in for missing rows.
             factor: multiplies the gradient, to measure the effect of rounding.
             seed: seeds the random numbers that a loss over the window draws; the same on all processes.
-            n_first: the number of micro-batches in the first of two random halves of the window, to measure how far
-                their gradients agree; the same on all processes. None measures nothing.
+            n_first: the number of micro-batches in a random half to compare with the rest; the same on all processes.
 
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
@@ -99,22 +98,30 @@ class GradientAccumulator:
             refuse_unfrozen(self._model, self._trained)
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
-        attributes = self._objective.attributes_before_lazy_passes()
+        window = None
+        if (attributes := self._objective.attributes_before_lazy_passes()) is not None:
+            try:
+                with self._objective.lazy_last_layer(), self._restoring(start):
+                    window = self._accumulate(micro_batches, start, factor, seed, n_first)
+            except LazyError as error:
+                attributes.restore()
+                self._objective.note_failed_lazy_pass(error)
+        if window is None:
+            with self._restoring(start):
+                window = self._accumulate(micro_batches, start, factor, seed, n_first)
+        return replace(window, moved_buffers=self._buffers.moved())
+
+    @contextmanager
+    def _restoring(self, start: WindowStart) -> Iterator[None]:
+        """After an error, restore the state after the previous update."""
         try:
-            window = self._accumulate(micro_batches, start, factor, seed, n_first)
-        except Exception as error:  # restore the state after the previous update
+            yield
+        except Exception:
             self.zero_gradients()
             self._strategy.reset()
             start.generators.restore()
             self._buffers.restore(start.buffers)
-            if attributes is None or not isinstance(error, LazyError):
-                raise
-            attributes.restore()
-            logger.debug(f"The last layer is computed at all positions in one window: {error}.")
-        else:
-            return replace(window, moved_buffers=self._buffers.moved())
-        with self._objective.whole_layers():
-            return self.accumulate(micro_batches, factor, seed, n_first)
+            raise
 
     def synced_buffers(self) -> SyncedBuffers:
         """Return the same buffers for an accumulator whose caller undoes its passes."""

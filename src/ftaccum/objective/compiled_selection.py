@@ -22,7 +22,7 @@ _MULTIPLE = 8  # of positions: sizes of 0 and 1 would have graphs of their own
 
 
 class _Pass:
-    """What the hooks read and write in the current forward pass.
+    """What the hooks read and write in the current forward pass, one at a time: they find it in a global variable.
 
     Attributes:
         labels: of shape (B, L).
@@ -97,7 +97,7 @@ def _padded(places_N: Tensor, shape_BL: torch.Size) -> Tensor:
     """Pad places with the first one, whose hidden states are finite if those of labelled positions are."""
     n = len(places_N)
     size = max(1, -(-n // _MULTIPLE)) * _MULTIPLE
-    while size in shape_BL:  # Dynamo takes sizes that are equal at first for one size; all logits must look different
+    while size in shape_BL:  # Dynamo assumes that sizes which are equal once are always equal
         size += _MULTIPLE
     padding = places_N[:1].expand(size - n) if n else places_N.new_zeros(size)
     return torch.cat([places_N, padding])

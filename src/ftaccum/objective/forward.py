@@ -29,7 +29,8 @@ class Forward(ABC):
         factors: the outputs that the model's own loss adds up, with their factors.
         has_spans: whether the terms are the losses of start and end positions.
         labelled_head: computes logits only at labelled positions; None if the model computes them all.
-        last_layer: the layer to compute only at the positions that are read; None to compute it at all of them.
+        last_layer: the layer that need not be computed at all positions; None if it must.
+        is_lazy: whether passes with gradients compute it only at the positions that are read.
     """
 
     def __init__(self, modules: Sequence[nn.Module], read_loss: Callable[[Any, Batch], Any] | None) -> None:
@@ -41,6 +42,7 @@ class Forward(ABC):
         self.has_spans = False
         self.labelled_head: LabelledHead | None = None
         self.last_layer: LastLayer | None = None
+        self.is_lazy = False
         self._inner_gradients = InnerGradients()
         self._own_loss = OwnLoss()
         self._is_open_in_train_mode = False  # whether the first pass in train mode decides where the loss is
@@ -85,8 +87,8 @@ class Forward(ABC):
         return scalars_of(loss), outputs
 
     def _outputs_for_loss(self, model: nn.Module, batch: Batch) -> Any:
-        """Run the model on a batch and return its outputs. With gradients, the last layer is lazy if there is one."""
-        if self.last_layer is None or not torch.is_grad_enabled():
+        """Run the model on a batch and return its outputs, with a lazy last layer if that is wanted and possible."""
+        if self.last_layer is None or not self.is_lazy or not torch.is_grad_enabled():
             return self._outputs(model, batch)
         with self.last_layer.lazily():
             return self._outputs(model, batch)

@@ -76,7 +76,7 @@ class LabelledHead:
             needs: `LABELLED`, or `NONE` if nobody reads the logits of the outputs.
 
         Raises:
-            DataError: if the model does not return logits of shape (1, N, V).
+            DataError: if the model does not return the logits of the selected positions.
         """
         labels_BL = batch["labels"]
         if has_graphs(self._model):

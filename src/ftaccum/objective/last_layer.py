@@ -1,8 +1,8 @@
 """The last layer of a model, computed only at the positions that the rest of the model reads.
 
 A classifier reads the first position of each row, or the last one. Then the last layer needs keys and values of all
-positions, but queries, the feed-forward part and norms of one. In an encoder with six layers, this is a tenth of the
-forward and the backward pass.
+positions, but queries, the feed-forward part and the norms after attention of one only. The others are a tenth of the
+forward and the backward pass of an encoder with six layers.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..runtime.lazy.tensor import LazyPass, is_lazy, whole
 from ..runtime.lazy.value import Frame, LazyError
+from ..runtime.log import logger
 from ..runtime.memory import is_out_of_memory
 from ..runtime.module_attributes import (
     ModuleAttributes,
@@ -23,6 +24,8 @@ from ..runtime.module_attributes import (
 )
 from ..runtime.sharding.tensors import is_sharded
 from .labelled_head import modules_around
+
+_MANY = 3  # windows that are repeated without a warning
 
 
 class LastLayer:
@@ -35,6 +38,7 @@ class LastLayer:
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
         self.layer = layer
         self._model, self._around = model, modules_around(model, layer)
+        self._n_failed = 0
 
     @contextmanager
     def lazily(self) -> Iterator[list[Frame]]:
@@ -75,9 +79,19 @@ class LastLayer:
             for handle in handles:
                 handle.remove()
 
-    def attributes(self) -> ModuleAttributes:
-        """Return the attributes of the model's modules as they are now."""
-        return ModuleAttributes(self._model)
+    def note_failed_pass(self, error: Exception) -> None:
+        """Log that a window is repeated with the whole layer, and warn if that is not rare."""
+        self._n_failed += 1
+        logger.debug(f"The last layer is computed at all positions in one window: {error}.")
+        if self._n_failed == _MANY:
+            logger.warning(
+                f"In {_MANY} windows so far, a pass could not compute its last layer only at the positions that are "
+                f"read, so these windows were computed twice ({error}). `loss_head='full'` avoids that."
+            )
+
+    def attributes(self, *others: nn.Module) -> ModuleAttributes:
+        """Return the attributes of the modules of the model, and of others, as they are now."""
+        return ModuleAttributes(self._model, *others)
 
     def reason(self) -> str | None:
         """Return why the layer is computed at all positions; None if nothing is known to speak against less."""

@@ -38,6 +38,8 @@ def find_last_layer(model: nn.Module, forward: Forward, sample: Sample, objectiv
     Returns:
         The layer, or the reason why it is computed at all positions, for a message.
     """
+    if next(model.parameters()).device.type != "cpu":
+        return "the model is not on a CPU"
     if is_compiled(model):
         return "the model is compiled"
     if _has_label_per_token(sample.together):
@@ -64,7 +66,7 @@ class _Comparison:
                 return self._compared(prepared(self._sample.together), layers)
             except Exception as error:  # a model may use its hidden states in ways that lazy ones do not support
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
+                    return "memory ran out during the comparison", 0
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
                 return f"the model fails with a lazy last layer: {first_line.rstrip('.')}", 0
 
@@ -72,7 +74,7 @@ class _Comparison:
         with _called(layers) as called:
             own = self._losses_and_gradient(batch)
         if not called:
-            return "no layer takes hidden states on a CPU", 0
+            return "no layer takes hidden states", 0
         place = called[-1]
         last_layer = LastLayer(self._model, layers[place])
         if (reason := last_layer.reason()) is not None:
@@ -80,7 +82,7 @@ class _Comparison:
         with last_layer.lazily() as frames:
             found = self._losses_and_gradient(batch)
         n_weights = sum(weight.numel() for weight in layers[place].parameters())
-        if sum(frame.saved_weights for frame in frames) < _LEAST_SHARE * n_weights:
+        if sum(frame.saved_weights for frame in frames) < _LEAST_SHARE * n_weights * len(frames):
             return "all of its positions are read", place
         # With dropout, which must not draw twice for one position, and draws when a position is read.
         with torch.enable_grad(), training_mode(self._model, training=True), _seeding() as seeded, last_layer.lazily():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..runtime.log import logger
 
-_DEVICES = ("cuda",)  # also the name of AMD's
+_DEVICES = ("cuda",)  # AMD's devices have this name, too
 
 
 def liger_loss(hidden_NH: Tensor, targets_N: Tensor, layer: nn.Linear, size: int) -> Tensor | None:
@@ -22,7 +22,8 @@ def liger_loss(hidden_NH: Tensor, targets_N: Tensor, layer: nn.Linear, size: int
 
     Args:
         targets_N: the label of each position.
-        size: roughly the number of positions in a chunk.
+        size: roughly the number of positions in a chunk. A chunk has at least N·H/V of them, so that its logits take
+            about as much memory as the hidden states.
 
     Returns:
         The loss; None if Liger cannot run here, or would lose a gradient or its precision.

@@ -122,7 +122,7 @@ class ModelForward(Forward):
 def n_classes_in(outputs: Any, batch: Batch) -> int | None:
     """Return how many classes the targets choose from, read off the outputs of a pass with these targets.
 
-    Return None if the outputs do not name their logits, or if the targets are no class numbers.
+    Return None if the outputs are neither a tensor nor a mapping with logits, or if the targets are no class numbers.
     """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
     return _classes_of(logits, batch) if isinstance(logits, Tensor) and _chooses(batch) else None

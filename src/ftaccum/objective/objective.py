@@ -61,19 +61,24 @@ class Objective:
     def attributes_before_lazy_passes(self) -> ModuleAttributes | None:
         """Return the attributes of modules before passes with a lazy last layer; None if it is whole.
 
-        If such a pass raises `LazyError`, restore them, and repeat the window in `whole_layers`.
+        If such a pass raises `LazyError`, restore them, and repeat the window with the whole layer.
         """
         last_layer = self._forward.last_layer
-        return None if last_layer is None else last_layer.attributes()
+        return None if last_layer is None else last_layer.attributes(*self.modules)
 
     @contextmanager
-    def whole_layers(self) -> Iterator[None]:
-        """Compute the last layer at all positions, until exit."""
-        before, self._forward.last_layer = self._forward.last_layer, None
+    def lazy_last_layer(self) -> Iterator[None]:
+        """Compute the last layer only at the positions that are read, until exit. A pass may raise `LazyError`."""
+        before, self._forward.is_lazy = self._forward.is_lazy, True
         try:
             yield
         finally:
-            self._forward.last_layer = before
+            self._forward.is_lazy = before
+
+    def note_failed_lazy_pass(self, error: Exception) -> None:
+        """Log that a window is repeated with the whole last layer."""
+        if self._forward.last_layer is not None:
+            self._forward.last_layer.note_failed_pass(error)
 
     @property
     def takes_short_ways(self) -> bool:

@@ -61,7 +61,7 @@ class VerdictCache:
     Attributes:
         folder: the folder, which is created on the first write.
         key: the name of the entry: a hash of everything that the verdict depends on.
-        is_audited: whether an audit of this run compares gradients, so that a verdict is confirmed by losses alone.
+        is_audited: whether the first update of this run is audited, so that losses alone confirm a verdict.
     """
 
     folder: Path

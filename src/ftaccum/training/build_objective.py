@@ -93,7 +93,7 @@ def build_objective(
             cache.allow_labels(gives_logits=found.gives_logits)
     if isinstance(found, LabelledHead):
         forward.labelled_head = found
-        found.chunks = not config.runtime.compile  # its graphs use none, so passes that measure memory must not either
+        found.chunks = not config.runtime.compile  # its graphs use none, so eager passes that measure memory must not
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
@@ -184,5 +184,5 @@ def _shards(config: RunConfig, accelerator: Accelerator) -> bool:
     # FSDP2 must see the logits, so the graph would return them instead of computing the loss, and need more memory.
     try:
         return find_sharding(config.runtime, accelerator.num_processes) is not None
-    except SettingsError:  # of a run that ignores these settings
+    except SettingsError:  # reported elsewhere, or ignored
         return False

@@ -83,7 +83,8 @@ def _tried_rows(
 ) -> tuple[list[Batch], list[_Tried]]:
     """Return a few short rows, and those of them that were tried, up to the first whose pass succeeds.
 
-    A successful pass reaches all embeddings. A failed one ends at a faulty number of its row, so another row follows.
+    A successful pass reaches the embeddings that its row uses. A failed one ends at a faulty number of its row, so
+    another row follows.
     """
     device, tried = next(model.parameters()).device, list[_Tried]()
     cut, whole = _few_rows(forward, rows, row_collator)
