@@ -295,7 +295,10 @@ def test_a_window_that_is_repeated_leaves_the_state_of_one_pass() -> None:
 def test_all_processes_repeat_a_window_that_fails_on_one(two_processes: Callable[..., str]) -> None:
     printed = two_processes("lazy_of_two.py")
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
-    assert [n_repeated for _, n_repeated in found] == [2, 2]
+    (_, one), (_, other) = found
+    assert len(one) == len(other) >= 2
+    assert set(one) == {"a pass of another process failed"}
+    assert all("in place" in error for error in other)
     assert max(error for error, _ in found) < ROUNDING
 
 
