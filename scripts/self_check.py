@@ -72,7 +72,7 @@ class Watch:
         tokens: positions of all forward passes, padding included.
         backward: number of backward passes.
         check: seconds of `measured_objective`.
-        start: seconds from the call to the first update.
+        start: seconds from the call to the start of training.
         shows: whether to record passes. Its hooks keep a verdict from being cached.
     """
 

@@ -27,23 +27,9 @@ _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__),
 }
 _REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
-_AUGMENTED = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "matmul",
-)
+_AUGMENTED = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul"
 _ON_GRADIENTS = {"grad", "backward", "register_hook", "retain_grad"}
-_IN_PLACE = {*(f"__i{name}__" for name in _AUGMENTED), "__setitem__", "__set__"}
+_IN_PLACE = {*(f"__i{name}__" for name in _AUGMENTED.split()), "__setitem__", "__set__"}
 
 
 class LazyPass:
