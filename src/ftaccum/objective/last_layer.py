@@ -25,7 +25,7 @@ from ..runtime.module_attributes import (
 from ..runtime.sharding.tensors import is_sharded
 from .labelled_head import modules_around
 
-_MANY = 3  # windows that are repeated without a warning
+_MANY = 3  # repeated windows, after which a warning follows
 
 
 class LastLayer:

@@ -37,7 +37,7 @@ class LazyPass:
 
     def __init__(self, hidden_BLH: Tensor) -> None:
         """Args:
-        hidden_BLH: hidden states, of which the first lazy tensor is made.
+        hidden_BLH: the hidden states to make lazy.
         """
         self.frame = Frame.of(hidden_BLH)
         self._made: list[weakref.ref[LazyTensor]] = []
