@@ -59,6 +59,18 @@ def test_gradients_in_chunks_equal_those_of_all_positions_with(options: dict[str
     assert any(chunked)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of older peft
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_chunks_are_smaller_with_gradient_checkpointing(
+    checkpoints: bool, chunked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_loss, "_BYTES", 2**20)
+    monkeypatch.setattr(chunked_loss, "_BYTES_WITH_CHECKPOINTS", _BYTES)
+    model = adapted(target_modules=["q_proj", "lm_head"])  # torch's own chunks need a plain linear layer
+    assert max(both_ways(model, LLAMA.rows(), gradient_checkpointing=checkpoints)) < 1e-12
+    assert any(chunked) is checkpoints
+
+
 class Changing(LlamaForCausalLM):
     """Changes the outputs of its head."""
 

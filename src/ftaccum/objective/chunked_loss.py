@@ -12,20 +12,24 @@ from .liger_loss import liger_loss
 
 # In float32, torch's chunked operation takes 0.9 to 1.0 times as long as logits and cross entropy. In bf16 it takes 1.9
 # to 2.5 times as long, and rounds its loss to 16 bits. Logits that the backward pass computes again take 1.2 to 1.3
-# times as long, so these chunks are as large as memory reasonably allows (scripts/bench_chunks.py, one CPU thread).
-_POSITIONS, _BYTES = 256, 2**28  # the bytes are those of a chunk's logits in float32
+# times as long, so these chunks are as large as memory reasonably allows (scripts/bench_chunks.py, one CPU thread). If
+# the layers are checkpointed, logits are most of what is in memory, and time is less important.
+_POSITIONS = 256
+_BYTES, _BYTES_WITH_CHECKPOINTS = 2**28, 2**26  # of a chunk's logits in float32
 
 
 class ChunkedLoss:
     """Computes the mean cross entropy of the logits `head(hidden_NH)` in chunks."""
 
-    def __init__(self, head: nn.Module, n_positions: int | None = None) -> None:
+    def __init__(self, head: nn.Module, n_positions: int | None = None, *, saves_memory: bool = False) -> None:
         """Args:
         head: the layer that projects hidden states onto the vocabulary, before training: its `forward` may be
             replaced later.
         n_positions: the positions of a chunk; None to choose it.
+        saves_memory: whether to choose small chunks, at the cost of time.
         """
         self._head, self._n_positions = head, n_positions
+        self._bytes = _BYTES_WITH_CHECKPOINTS if saves_memory else _BYTES
         self._linear = head if type(head) is nn.Linear and "forward" not in vars(head) else None
 
     def __call__(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor | None:
@@ -37,7 +41,7 @@ class ChunkedLoss:
         n, weight = len(targets_N), getattr(self._head, "weight", None)
         if not isinstance(weight, Tensor):
             return None
-        size = self._n_positions or max(1, _BYTES // (4 * _vocabulary(self._head, weight)))
+        size = self._n_positions or max(1, self._bytes // (4 * _vocabulary(self._head, weight)))
         if self._linear is not None:
             if n > size and (loss := liger_loss(hidden_NH, targets_N, self._linear, size)) is not None:
                 return loss

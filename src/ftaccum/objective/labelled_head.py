@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.model_context import has_graphs
+from ..runtime.model_context import checkpoints_layers, has_graphs
 from ..runtime.module_attributes import has_hooks_after, has_hooks_before
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
@@ -56,7 +56,7 @@ class LabelledHead:
         self.head, self.positions, self.gives_logits, self.chunks = head, positions, False, True
         self._model = model
         self._around = modules_around(model, head)
-        self._chunked_loss = ChunkedLoss(head)
+        self._chunked_loss = ChunkedLoss(head, saves_memory=checkpoints_layers(model))
         self._decoder_inputs: Callable[..., Tensor] | None = None
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             self._decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)

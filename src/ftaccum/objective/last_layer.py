@@ -16,6 +16,7 @@ from ..runtime.lazy.tensor import LazyPass, is_lazy, whole
 from ..runtime.lazy.value import Frame, LazyError
 from ..runtime.log import logger
 from ..runtime.memory import is_out_of_memory
+from ..runtime.model_context import checkpoints_layers
 from ..runtime.module_attributes import (
     ModuleAttributes,
     has_hooks_after,
@@ -97,7 +98,7 @@ class LastLayer:
         """Return why the layer is computed at all positions; None if nothing is known to speak against less."""
         if any(map(_has_hooks, self.layer.modules())) or any(map(has_hooks_on_gradients, self._around)):
             return "the last layer has hooks, which may read all positions"
-        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
+        if checkpoints_layers(self._model):
             return "the layers are checkpointed"
         return "the model is sharded" if is_sharded(self._model) else None
 

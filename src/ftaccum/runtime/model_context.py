@@ -114,11 +114,16 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before
 
 
+def checkpoints_layers(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is enabled in layers of a model of Transformers."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """Enable gradient checkpointing until exit, if wanted."""
     model = model_to_save(model)
-    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if not wanted or checkpoints_layers(model):
         yield
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
