@@ -19,7 +19,7 @@ from ftaccum.insight.run_report import report_page
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
 from ftaccum.tracking.ledger_file import LedgerFile, read_entry
-from ftaccum.tracking.run_record import RunRecord
+from run_records import new_record
 
 TIMES = {"data_seconds": 0.25, "pass_seconds": 1.5, "optimizer_seconds": 0.25}
 N_UPDATES = 5
@@ -35,10 +35,7 @@ def run(tmp_path: Path) -> Path:
         ledger.record(WindowEntry(n, 0, 8, 2.0 - n / 4, {}, math.inf, 0.01, False, 2, tokens=30, positions=40, **TIMES))
     ledger.record(AuditEntry(5, 0, 8, "one batch", 2e-7, 1e-8, 1e-6, 3.0))
     ledger.record(EpochEntry(0, 1.5))
-    record = RunRecord.of(
-        {"learning_rate": 0.01}, BatchSizes(4, 2, 1, 8), tokens_per_update=None, amp_enabled=False, keep_checkpoints=2,
-        command=None, environment={"torch": "2.13.0"},
-    )  # fmt: skip
+    record = new_record(BatchSizes(4, 2, 1, 8), recipe={"learning_rate": 0.01}, environment={"torch": "2.13.0"})
     assert record.write(folder / "run.json")
     result = replace(Result.load(folder), interrupted=False)
     assert replace(record, finished=True).write(folder / "run.json")

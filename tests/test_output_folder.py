@@ -19,8 +19,9 @@ from ftaccum.planning.batch_size import batch_sizes_of
 from ftaccum.runtime.run_dir import RunDir
 from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks.arguments import TrainArguments
-from ftaccum.tracking.run_record import Command, RunRecord
+from ftaccum.tracking.run_record import RunRecord
 from interrupted import CutOff, fine_tuned
+from run_records import new_record
 
 NAMED = TrainArguments(model="org/tiny-bert", train_data="data/rows.csv")
 TODAY = date.today().isoformat()
@@ -83,12 +84,14 @@ def recorded(name: str, day: int, named: TrainArguments = NAMED, *, finished: bo
     """Write the record of a run of some day on a single process. Return its folder."""
     recipe, runtime = parse_settings(settings)
     assert isinstance(runtime.batch_size, int)
-    record = RunRecord.of(
-        recipe_identity(recipe), batch_sizes_of(recipe, runtime.batch_size, 1, 10.0),
-        tokens_per_update=recipe.tokens_per_update, amp_enabled=False, keep_checkpoints=2,
-        command=Command(vars(named), "ftaccum train"),
-    )  # fmt: skip
-    record = replace(record, started_at=f"2026-11-{day:02d}T12:00:00.5+00:00", finished=finished)
+    record = new_record(
+        batch_sizes_of(recipe, runtime.batch_size, 1, 10.0),
+        recipe=recipe_identity(recipe),
+        tokens_per_update=recipe.tokens_per_update,
+        sources=vars(named),
+        started_at=f"2026-11-{day:02d}T12:00:00.5+00:00",
+        finished=finished,
+    )
     assert record.write(Path("outputs", name, "run.json"))
     return f"outputs/{name}"
 

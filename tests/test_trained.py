@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2Model, pipeline
 
-from ftaccum import SettingsError
+import ftaccum
+from ftaccum import SettingsError, load_task
 from ftaccum.apps.cli import main
 from ftaccum.apps.prediction_file import write_predictions
 from ftaccum.tasks.arguments import NamedArguments, TrainedArguments
 from ftaccum.tasks.columns import named_columns
+from ftaccum.tasks.task_of_model import find_task
 from ftaccum.tasks.trained import load_trained
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, save_encoder, save_rows
@@ -80,15 +83,61 @@ def test_predict_writes_the_rows_in_order_with_their_classes(run: Path, tmp_path
     assert list(table["score"]) == pytest.approx(scores.tolist(), rel=1e-5)
 
 
-def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_head_of_a_model_tells_its_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = save_rows(tmp_path / "new.jsonl", ROWS)
     words = ["predict", str(run / "model"), "--data", rows, "--output", str(tmp_path / "out.csv")]
-    assert main(words) == 2
-    assert (
-        "does not say what task its model was trained for, because it is not a run of `ftaccum train`. Give `--task`"
-        in capsys.readouterr().err
+    assert main([*words, "--text_columns", "review"]) == 0
+    assert "The head of the model is one for text-classification." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "task"),
+    [
+        ("config.json", {"architectures": ["BertForTokenClassification"]}, "token-classification"),
+        ("config.json", {"architectures": ["RobertaForMaskedLM"]}, "masked-lm"),
+        ("config.json", {"architectures": ["T5ForConditionalGeneration"]}, "seq2seq"),
+        ("config.json", {"architectures": ["MyModel", "ViTForImageClassification"]}, "image-classification"),
+        ("adapter_config.json", {"task_type": "SEQ_CLS"}, "text-classification"),
+    ],
+)
+def test_a_config_tells_the_task(file: str, content: dict[str, Any], task: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    assert find_task("it", str(tmp_path)) == task
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "'it' does not say what task its model was trained for: it has the head of chat and causal-lm. Give "
+            "`--task`, one of chat, causal-lm.",
+        ),
+        ({"architectures": ["GPT2Model"]}, "trained for. Give `--task`, one of text-classification, token-"),
+        ({"architectures": None}, "trained for. Give `--task`, one of text-classification, token-"),
+        ([], "trained for. Give `--task`, one of text-classification, token-"),
+    ],
+)
+def test_a_config_that_does_not_tell_the_task_is_an_error(content: Any, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match=re.escape(sentence)):
+        find_task("it", str(tmp_path))
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole model", "adapters"])
+def test_a_run_from_python_records_how_load_task_read_its_rows(lora: Any, tmp_path: Path) -> None:
+    rows = save_rows(tmp_path / "rows.jsonl", ROWS)
+    loaded = load_task(
+        "text-classification", save_encoder(tmp_path / "encoder"), rows, columns=["label=stars"], lora=lora
     )
-    assert main([*words, "--task", "text-classification", "--text_columns", "review"]) == 0
+    folder = tmp_path / "run"
+    result = ftaccum.test_fine_tuning(**loaded.arguments(), lora=lora, max_updates=1, output_dir=str(folder))
+    read = dict.fromkeys(("text_columns", "max_length", "add_eos_token"))
+    found = load_trained(str(folder), TrainedArguments(data=rows), read, needs_targets=True)
+    assert (found.task.named.task, found.task.named.columns) == ("text-classification", ["label=stars"])
+    wanted = dict(result.model.named_parameters())
+    for name, weight in found.model.named_parameters():
+        assert "original_module" in name or torch.equal(weight, wanted[name]), name
 
 
 @pytest.mark.parametrize(

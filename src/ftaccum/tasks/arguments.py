@@ -124,7 +124,7 @@ class TrainedArguments(FileOptions):
     """Data to evaluate a trained model on."""
 
     data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)")
-    task: Text | None = _data(None, f"kind of task: {', '.join(TASKS)}; none: that of the run")
+    task: Text | None = _data(None, f"kind of task: {', '.join(TASKS)}; none: that of the run or model")
     columns: Names | None = _data(None, "columns of the data by role, such as label=sentiment; none: those of the run")
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
     max_new_tokens: PositiveInt | None = _data(

@@ -18,6 +18,7 @@ from ..runtime.library_output import library_bars
 from ..runtime.log import run_logging
 from ..settings.runtime import Runtime
 from .arguments import TASKS, NamedArguments, TrainArguments, faults_of_val_data
+from .loaded_models import remember_options
 from .model_source import ModelSource
 from .quantization import faults_of_quantization
 from .rows import load_rows
@@ -75,8 +76,14 @@ def make_task(named: NamedArguments) -> Task:
     """
     if named.task not in TASKS:
         raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
-    module, _, name = TASKS[named.task].partition(":")
-    return getattr(import_module(module), name)(named)
+    return task_class(named.task)(named)
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task, which is one of `TASKS`."""
+    module, _, class_name = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(module), class_name)
+    return found
 
 
 def load_task(task: str, model: str, train_data: str, val_data: str | None = None, **options: Any) -> Loaded:
@@ -140,6 +147,7 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
     )
     set_seed(recipe.random_seed)
     model, processor = source.load()
+    remember_options(model, named)
     workers = runtime.preprocessing_num_workers
     options = EncodingOptions(recipe.text_columns, recipe.max_length, workers, recipe.add_eos_token)
     rows, train = train, task.encode(train, "train_data", processor, model, options)
@@ -150,7 +158,7 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
     more = task.training_arguments(processor, model)
     if val is not None or recipe.validation_split:
         more |= task.evaluation_arguments(processor, model)
-    return Loaded(model, processor, train, val, task, partial(_new_model, source, processor), more)
+    return Loaded(model, processor, train, val, task, partial(_new_model, source, processor, named), more)
 
 
 def _faults_of_freeze(named: TrainArguments, has_adapters: bool) -> list[str]:
@@ -162,14 +170,16 @@ def _faults_of_freeze(named: TrainArguments, has_adapters: bool) -> list[str]:
     ]
 
 
-def _new_model(source: ModelSource, processor: Any) -> Any:
+def _new_model(source: ModelSource, processor: Any, named: TrainArguments) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # warnings were shown when the first model was loaded
     try:
         with run_logging(enabled=False), library_bars(shown=False):
-            return source.load_model(processor)
+            model = source.load_model(processor)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    remember_options(model, named)
+    return model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..settings.recipe import Recipe
 from ..tracking.run_record import RunRecord
 from ..tracking.saved_model import ADAPTER
 from .adapter_folder import load_with_base
-from .arguments import TASKS, TrainArguments, TrainedArguments
+from .arguments import TrainArguments, TrainedArguments
 from .columns import choose_columns, describe_columns
 from .load import make_task
 from .model_source import ModelSource
@@ -23,6 +23,7 @@ from .reading.options import ReadingOptions
 from .reading.rows import read_rows
 from .rows import by_role
 from .task import EncodingOptions, Task
+from .task_of_model import find_task
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
 
     Args:
         run: the output folder of a run, or a folder or hub name of a model.
-        given: the rows, and the task if there is no run.
+        given: the rows, and the task if it is not that of the run, or of the head of the model.
         settings: settings by name. Those that are None are taken from the run.
         needs_targets: whether the rows must have the columns to compare with.
 
@@ -125,15 +126,9 @@ def _named(run: str, given: TrainedArguments, record: RunRecord | None, folder: 
         "max_val_rows",
         "chat_template",  # the tokenizer has it
     }
-    sources = {} if record is None else {name: value for name, value in record.sources.items() if name in known}
-    task = given.task or sources.get("task")
-    if task is None:
-        raise SettingsError(
-            [
-                f"{run!r} does not say what task its model was trained for, because it is not a run of `ftaccum "
-                f"train`. Give `--task`, one of {', '.join(TASKS)}."
-            ]
-        )
+    options = {} if record is None else record.sources or record.loaded_with
+    sources = {name: value for name, value in options.items() if name in known}
+    task = given.task or sources.get("task") or find_task(run, folder)
     named = TrainArguments(**{**sources, "model": folder, "train_data": given.data, "val_data": None, "task": task})
     if given.columns is not None:
         named = replace(named, columns=given.columns, label_column=None)

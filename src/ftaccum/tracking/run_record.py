@@ -1,8 +1,6 @@
 """The file `run.json` in a run's folder: what the run is, and whether it has finished."""
 
 import json
-import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -15,13 +13,8 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-_ADDED = (
-    "environment",
-    "noise_scale_reason",
-    "subject",
-    "optimizer",
-    "directory",
-)  # records of older versions lack them
+# Records of older versions lack them.
+_ADDED = ("environment", "noise_scale_reason", "subject", "optimizer", "directory", "loaded_with")
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,18 @@ class Command:
     sources: dict[str, Any]
     resume: str
     note: str = ""
+
+
+def size_entries(sizes: BatchSizes) -> dict[str, Any]:
+    """Return the entries of a record that `RunRecord.batch_sizes` reads."""
+    stages = [[update, each.gradient_accumulation_steps] for update, each in sizes.stages()]
+    return {
+        "batch_size": sizes.batch_size,
+        "gradient_accumulation_steps": sizes.gradient_accumulation_steps,
+        "effective_batch_size": sizes.effective_batch_size,
+        "accumulation_schedule": stages if sizes.later else None,
+        "num_processes": sizes.num_processes,
+    }
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class RunRecord:
         directory: the working folder of the command, from which relative paths in `sources` start; empty for a call
             from Python, or if an older version wrote the record.
         optimizer: the class of the optimizer and its betas; empty if an older version wrote the record.
+        loaded_with: the options with which `load_task` loaded the model; empty if it did not, or if an older version
+            wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -82,41 +89,7 @@ class RunRecord:
     subject: str = ""
     directory: str = ""
     optimizer: str = ""
-
-    @classmethod
-    def of(
-        cls,
-        recipe: Mapping[str, Any],
-        batch_sizes: BatchSizes,
-        *,
-        tokens_per_update: int | None,
-        amp_enabled: bool,
-        keep_checkpoints: int,
-        command: Command | None,
-        environment: Mapping[str, str] | None = None,
-        noise_scale_reason: str = "",
-        subject: str = "",
-        optimizer: str = "",
-    ) -> "RunRecord":
-        """Return the record of a run that starts now."""
-        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
-        return cls(
-            recipe=dict(recipe),
-            tokens_per_update=tokens_per_update,
-            batch_size=batch_sizes.batch_size,
-            gradient_accumulation_steps=batch_sizes.gradient_accumulation_steps,
-            effective_batch_size=batch_sizes.effective_batch_size,
-            accumulation_schedule=stages if batch_sizes.later else None,
-            num_processes=batch_sizes.num_processes,
-            amp_enabled=amp_enabled,
-            keep_checkpoints=keep_checkpoints,
-            sources={} if command is None else command.sources,
-            environment=dict(environment or {}),
-            noise_scale_reason=noise_scale_reason,
-            subject=subject,
-            directory="" if command is None else os.getcwd(),
-            optimizer=optimizer,
-        )
+    loaded_with: dict[str, Any] = field(default_factory=dict)
 
     def batch_sizes(self) -> BatchSizes:
         """Return the sizes of updates."""

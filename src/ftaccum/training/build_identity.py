@@ -1,5 +1,6 @@
 """The identity of a run, which checkpoints save so that only the same run resumes from them, and its `run.json`."""
 
+import os
 import platform
 from importlib.metadata import version
 
@@ -24,7 +25,8 @@ from ..planning.batch_size import BatchSizes
 from ..planning.halves import MeasuredWindows
 from ..runtime.accelerator import device_name
 from ..runtime.adapters import has_adapters
-from ..tracking.run_record import RunRecord
+from ..tasks.loaded_models import options_of
+from ..tracking.run_record import RunRecord, size_entries
 from .build_data import TrainingData
 from .config import RunConfig
 from .named_sources import describe_subject
@@ -95,21 +97,24 @@ def build_record(
     optimizer: Optimizer,
 ) -> RunRecord:
     """Return the record of a run that starts now."""
+    model, command = config.components.model, config.command
     n_rows = None if is_stream(config.components.train_data) else len(data.train_rows)
-    return RunRecord.of(
-        recipe_identity(config.recipe),
-        batch_sizes,
+    return RunRecord(
+        recipe=recipe_identity(config.recipe),
         tokens_per_update=config.recipe.tokens_per_update,
         amp_enabled=accelerator.mixed_precision != "no",
         keep_checkpoints=config.runtime.keep_checkpoints,
-        command=config.command,
+        sources={} if command is None else command.sources,
         environment={
-            **software_versions(config.components.model),
+            **software_versions(model),
             "system": platform.platform(),
             "device": device_name(accelerator.device),
             "mixed precision": accelerator.mixed_precision,
         },
         noise_scale_reason=measured.reason,
         subject=describe_subject(config, n_rows, is_synthetic=data.synthetic),
+        directory="" if command is None else os.getcwd(),
         optimizer=summarize_optimizer(optimizer).describe_kind(),
+        loaded_with=dict(options_of(model)),
+        **size_entries(batch_sizes),
     )
