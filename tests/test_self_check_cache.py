@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ftaccum import InexactLossWarning, test_fine_tuning, verify
-from ftaccum.objective import self_check_confirm, self_check_key, whole_rows
+from ftaccum.objective import self_check_key, short_check, whole_rows
 from ftaccum.objective.self_check_cache import Verdict, VerdictCache
 from ftaccum.training import build_cache
 
@@ -105,8 +105,8 @@ def test_the_confirmation_compares_gradients_if_no_audit_does(
 ) -> None:
     package, compared = installed(CODE), []
     confirms(package, audit=audit)
-    agree = self_check_confirm._gradients_agree
-    monkeypatch.setattr(self_check_confirm, "_gradients_agree", lambda *given: compared.append(1) or agree(*given))
+    agree = short_check._gradients_agree
+    monkeypatch.setattr(short_check, "_gradients_agree", lambda *given: compared.append(1) or agree(*given))
     assert confirms(package, audit=audit)
     assert bool(compared) == compares
 

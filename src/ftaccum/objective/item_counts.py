@@ -14,7 +14,8 @@ from ..errors import DataError, SettingsError
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy ignores, and with it all of Transformers
 
-OF_USER = "count_items"  # the name of the user's way to count
+# Names of ways to count: the user's, and that of models that predict the next token.
+OF_USER, AFTER_SHIFT = "count_items", "labels after the next-token shift"
 
 # Columns with one number per token, besides labels. Other columns may have a fixed size.
 TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
@@ -57,7 +58,7 @@ class ItemCounter:
         self.ways: dict[str, CountItems] = {
             "class weights": self._weights,
             "labels": self._labels,
-            "labels after the next-token shift": self._shifted_labels,
+            AFTER_SHIFT: self._shifted_labels,
             "rows": rows_of,
             "elements": self._elements,
             "tokens": _tokens,
@@ -71,7 +72,7 @@ class ItemCounter:
         integers = not targets.is_floating_point()
         names = [*(["labels"] if integers else []), "rows", "elements"]
         if integers and targets.ndim == 2 and targets.shape[1] > 1:
-            names.insert(1, "labels after the next-token shift")
+            names.insert(1, AFTER_SHIFT)
         if integers and self._class_weights is not None:
             names.insert(0, "class weights")
         return {name: self.ways[name] for name in names} | self.of_inputs(batch)

@@ -14,7 +14,7 @@ from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
-from .item_counts import Batch, targets_of
+from .item_counts import AFTER_SHIFT, Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .labelled_positions import LabelledPositions
 from .model_forward import ModelForward
@@ -25,7 +25,7 @@ from .probe import relative
 from .rare_labels import with_rare_labels
 from .sample import PAIRS, Sample
 
-_WAYS = {"labels": False, "labels after the next-token shift": True}  # whether logits predict the next label
+_WAYS = {"labels": False, AFTER_SHIFT: True}  # whether logits predict the next label
 _GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
 
 

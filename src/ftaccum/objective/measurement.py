@@ -14,7 +14,7 @@ from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import Forward
 from .hidden_state import HiddenState
-from .item_counts import OF_USER, Batch, CountItems, ItemCounter, rows_of
+from .item_counts import AFTER_SHIFT, OF_USER, Batch, CountItems, ItemCounter, rows_of
 from .measured_counts import MeasuredCounts, chosen_counts, count_of_term
 from .normalizer import means_of_sums
 from .perturbation import perturb_head
@@ -125,7 +125,7 @@ class Measurement:
         names |= {term: recount.name for term, recount in recounts.items()}
         own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
         by_term = chosen_counts(ways, names, own_rules)
-        shifts = "labels after the next-token shift" in nearest.values()
+        shifts = AFTER_SHIFT in nearest.values()
         return MeasuredCounts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
 
     def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError
 from .forward import Forward
-from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .item_counts import AFTER_SHIFT, IGNORE_INDEX, Batch, targets_of
 from .own_loss import logits_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -59,7 +59,7 @@ class ModelForward(Forward):
     @property
     def counted_by(self) -> str | None:
         """The way to count, if it is known: only for the next-token loss, which is computed here."""
-        return "labels after the next-token shift" if self._read_loss is _next_token_loss else None
+        return AFTER_SHIFT if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
         """Return how many classes the targets choose from, read off the model's logits.

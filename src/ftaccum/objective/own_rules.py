@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .item_counts import TOKEN_COLUMNS, Batch, CountItems, targets_of
+from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, CountItems, targets_of
 
 TARGETS = "labels"  # the name of the targets, also of those in a tuple
 _MOST_VALUES = 100  # distinct values in a column, to try each as the one that the loss ignores
@@ -45,7 +45,7 @@ class Items:
         return values[targets != self.ignore_index]
 
     def __str__(self) -> str:
-        return "labels after the next-token shift" if self.shifted else "labels"
+        return AFTER_SHIFT if self.shifted else "labels"
 
 
 @dataclass(frozen=True)

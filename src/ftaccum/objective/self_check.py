@@ -26,7 +26,7 @@ from .report import ExactnessReport
 from .router_check import find_router_terms
 from .sample import PAIRS, SINGLE, Sample
 from .self_check_cache import Verdict, VerdictCache
-from .self_check_confirm import confirmed, length_of_longest
+from .short_check import confirmed, found_in_losses, length_of_longest
 from .structure import terms_of
 
 
@@ -40,6 +40,7 @@ def measured_objective(
     sums: bool = False,
     balances_window: bool = False,
     cache: VerdictCache | None = None,
+    is_audited: bool = False,
     tries_labels: bool = False,
 ) -> Objective:
     """Decide how to count the loss, and measure whether accumulating it is exact.
@@ -47,8 +48,9 @@ def measured_objective(
     The count is the user's `count_items`, or follows from what is known about the loss, or is measured. In any case,
     measure whether it explains the loss, in eval mode and in train mode, and whether padding matters.
 
-    This takes some twenty forward passes of at most four rows. No parameter gets a gradient; weights, modes,
-    random-number states and buffers are restored. All processes use the main process's findings.
+    This takes some twenty forward passes of at most four rows, or about eight if a short check is enough. No parameter
+    gets a gradient; weights, modes, random-number states and buffers are restored. All processes use the main process's
+    findings.
 
     Args:
         model: the model on its device, before it is wrapped.
@@ -60,12 +62,16 @@ def measured_objective(
         balances_window: whether to compute the balance of a mixture of experts over all tokens of a window, if its
             formula is known.
         cache: where to look for an earlier verdict, to be confirmed instead of measured, and to keep this one.
+        is_audited: whether the audit of the first update will compare gradients. If so, losses alone confirm a verdict,
+            and may be enough without one.
         tries_labels: whether to confirm an earlier verdict with logits at labelled positions only, if it says that they
             are enough. If the rows confirm it, `forward` computes only these from then on.
     """
     with inspection_mode(model, *forward.modules):
         measurement = Measurement(model, forward, sample, item_counter, count_items, sums)
-        report = _cached(measurement, cache, tries_labels=tries_labels)
+        report = _cached(measurement, cache, is_audited=is_audited, tries_labels=tries_labels)
+        if report is None and is_audited:
+            report = _found_in_losses(measurement, cache)
         if report is None:
             measurement, report = _measured(measurement)
             logger.debug(report.describe_measurement())
@@ -79,9 +85,11 @@ def measured_objective(
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
 
 
-def _cached(measurement: Measurement, cache: VerdictCache | None, *, tries_labels: bool) -> ExactnessReport | None:
+def _cached(
+    measurement: Measurement, cache: VerdictCache | None, *, is_audited: bool, tries_labels: bool
+) -> ExactnessReport | None:
     """Return the report of an earlier verdict, if these rows confirm it. The main process decides."""
-    verdict, is_audited = of_main_process((None, False) if cache is None else (cache.find(), cache.is_audited))
+    verdict = of_main_process(None if cache is None else cache.find())
     if verdict is None:
         return None
     head = _labelled_head(measurement, verdict) if tries_labels else None
@@ -89,6 +97,15 @@ def _cached(measurement: Measurement, cache: VerdictCache | None, *, tries_label
     if report is not None:
         measurement.forward.labelled_head = head
         logger.debug(f"The rows confirm the cached verdict of the self-check: a mean over {report.ways[LOSS]}.")
+    return report
+
+
+def _found_in_losses(measurement: Measurement, cache: VerdictCache | None) -> ExactnessReport | None:
+    """Return the report that a few losses show, and keep its verdict. The main process decides."""
+    report = of_main_process(found_in_losses(measurement))
+    if report is not None:
+        logger.debug(f"{report.describe_measurement()} No other way to count explains the losses of a few passes.")
+        _keep(measurement, report, cache)
     return report
 
 
@@ -109,7 +126,7 @@ def _keep(measurement: Measurement, report: ExactnessReport, cache: VerdictCache
     """Write the verdict to the cache, if it is a plain one of a loss that the outputs name."""
     verdict = Verdict.of(report, length_of_longest(measurement))
     is_named = measurement.forward.loss_place is None and not measurement.forward.has_spans
-    whole = measurement.mode is not None and measurement.mode.whole
+    whole = measurement.mode is None or measurement.mode.whole
     if cache is not None and verdict is not None and is_named and whole and tuple(report.ways) == (LOSS,):
         cache.keep(verdict)
 

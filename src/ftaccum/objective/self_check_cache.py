@@ -61,12 +61,10 @@ class VerdictCache:
     Attributes:
         folder: the folder, which is created on the first write.
         key: the name of the entry: a hash of everything that the verdict depends on.
-        is_audited: whether the first update of this run is audited, so that losses alone confirm a verdict.
     """
 
     folder: Path
     key: str
-    is_audited: bool = False
 
     def find(self) -> Verdict | None:
         """Return the verdict; None if there is none, or if the entry is broken."""

@@ -34,11 +34,7 @@ def build_cache(config: RunConfig, loss_fn: Any, sample: Sample, ignore_index: i
     if key is None:
         return None
     folder = _default_folder() if wanted is True else Path(str(wanted))
-    return (
-        None
-        if folder is None
-        else VerdictCache(folder, key, is_audited=bool(config.runtime.audit) and not config.runtime.resume)
-    )
+    return None if folder is None else VerdictCache(folder, key)
 
 
 def _default_folder() -> Path | None:

@@ -167,6 +167,7 @@ def _measure(
         sums=config.components.reduction == "sum",
         balances_window=config.recipe.router_balance == "window",
         cache=cache,
+        is_audited=bool(config.runtime.audit) and not config.runtime.resume,
         tries_labels=tries_labels,
     )
 
