@@ -12,6 +12,10 @@ from .sample import Sample
 def with_rare_labels(sample: Sample, ignore_index: int) -> list[Batch] | None:
     """Return copies of the four common rows that together have all labels of the rare rows.
 
+    The first row keeps its labels in each copy, and the others get rare ones. A loss that ignores or weights rare
+    labels is then no mean over all labels of a copy: if all rows had them in equal shares, it would look like one. The
+    first token of a row gets none, because a loss of next tokens reads no label there.
+
     Args:
         ignore_index: the label that the loss is known to ignore, which padding keeps.
 
@@ -28,9 +32,14 @@ def with_rare_labels(sample: Sample, ignore_index: int) -> list[Batch] | None:
     values = torch.cat([labels_BL.flatten(), *(batch["labels"].flatten() for batch in rare)]).unique()
     values = values[(values != ignore_index) & ~torch.isin(values, labels_BL)]
     places = _places(together, labels_BL, ignore_index)
+    width = labels_BL.shape[1]
+    places = places[(places >= width) & (places % width > 0)]
+    if len(values) and not len(places):  # a single row, or rows of single tokens
+        return None
     batches: list[Batch] = []
     for some in values.split(len(places)) if len(values) else ():
         labels = torch.full_like(labels_BL, ignore_index)
+        labels[0] = labels_BL[0]
         labels.view(-1)[places] = some.repeat(-(-len(places) // len(some)))[: len(places)]
         batches.append({**together, "labels": labels})
     return batches

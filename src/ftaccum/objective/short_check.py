@@ -225,7 +225,7 @@ def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _S
             Observed(measurement.losses(together), [separate.losses(part) for part in parts], parts)
             for together, parts in groups
         )
-        return all(each.difference(LOSS, count) <= EXPLAINED for each in observed)
+        return all(math.isfinite(each.joint[LOSS]) and each.difference(LOSS, count) <= EXPLAINED for each in observed)
 
 
 def _parts_of(group: RowGroup) -> list[Batch]:
