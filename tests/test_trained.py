@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, GPT2Model, pipeline
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, pipeline
 
 import ftaccum
 from ftaccum import SettingsError, load_task
@@ -138,6 +138,51 @@ def test_a_run_from_python_records_how_load_task_read_its_rows(lora: Any, tmp_pa
     wanted = dict(result.model.named_parameters())
     for name, weight in found.model.named_parameters():
         assert "original_module" in name or torch.equal(weight, wanted[name]), name
+
+
+def test_texts_are_read_from_the_column_that_the_run_has_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"title": "a title", **row} for row in ROWS]
+    words = ["predict", str(run), "--output", str(tmp_path / "out.csv"), "--data"]
+    assert main([*words, save_rows(tmp_path / "more.jsonl", rows)]) == 0
+    assert "Columns: 'review' as text; left out: 'title', 'stars'" in capsys.readouterr().err
+    table, scores = pd.read_csv(tmp_path / "out.csv"), reference(run).softmax(-1).max(-1)[0]
+    assert list(table["score"]) == pytest.approx(scores.tolist(), rel=1e-5)
+    assert main([*words, save_rows(tmp_path / "other.jsonl", [{"text": row["review"]} for row in ROWS])]) == 2
+    assert "`data` has no column 'review' to read texts from, only 'text'" in capsys.readouterr().err
+
+
+def test_numbers_that_are_names_of_classes_must_all_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {"stars": str(n % 3 + 1)} for n, row in enumerate(ROWS)]
+    words = ["--model", save_encoder(tmp_path / "encoder"), "--train_data", save_rows(tmp_path / "rows.jsonl", rows)]
+    words += ["--columns", "label=stars", "--max_updates", "1", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *words]) == 0
+    numbers = [row | {"stars": int(row["stars"])} for row in rows]
+    losses = []
+    for name, some in (("names", rows), ("numbers", numbers)):
+        data, file = save_rows(tmp_path / f"{name}.jsonl", some), tmp_path / f"{name}.json"
+        assert main(["eval", str(tmp_path / "run"), "--data", data, "--json", str(file)]) == 0
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[0] == losses[1]
+    data = save_rows(tmp_path / "unknown.jsonl", [*numbers, numbers[0] | {"stars": 0}])
+    assert main(["eval", str(tmp_path / "run"), "--data", data]) == 2
+    assert f"row {len(numbers)} has the label '0', which is none of the classes" in capsys.readouterr().err
+
+
+def test_several_numbers_are_predicted_as_lists(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=24, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
+        problem_type="regression",
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    data, output = (
+        save_rows(tmp_path / "rows.jsonl", [{"review": row["review"]} for row in ROWS]),
+        tmp_path / "out.jsonl",
+    )
+    assert main(["predict", str(tmp_path / "model"), "--data", data, "--output", str(output)]) == 0
+    assert [len(prediction) for prediction in pd.read_json(output, lines=True)["prediction"]] == [3] * len(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Classification(Task):
         logits = np.asarray(predictions, dtype=np.float64)
         config = model.config
         if self.labels.problem_type == REGRESSION:
-            return {"prediction": logits.reshape(len(logits)).tolist()}
+            return {"prediction": (logits if logits.ndim > 1 and logits.shape[1] > 1 else logits.reshape(-1)).tolist()}
         if self.labels.problem_type == MULTI:
             scores = 1 / (1 + np.exp(-logits))
             named = [[config.id2label[n] for n in np.flatnonzero(row > 0.5)] for row in scores]

@@ -114,9 +114,16 @@ class Labels:
                 return replace(self, values=()), values
             names = dict(enumerate(inner.names))
             return replace(self, values=self.names), _mapped(values, lambda each: names.get(each, each))
-        each = chain.from_iterable(values) if are_lists else values
-        if self.values or not all(isinstance(one, int) and str(one) in self.names for one in each):
+        each = list(chain.from_iterable(values) if are_lists else values)
+        are_numbers = all(isinstance(one, int) and not isinstance(one, bool) for one in each)
+        if (
+            self.values
+            or not are_numbers
+            or _are_unnamed(self.names)
+            or not any(str(one) in self.names for one in each)
+        ):
             return self, values
+        logger.info("The labels are whole numbers, and so are names of classes. They are read as names.")
         return replace(self, values=self.names), _mapped(values, str)
 
     def _number(self, value: Any, name: str) -> Any:

@@ -79,8 +79,9 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
     chosen = choose_columns(raw.column_names, roles, {r: c for r, c in task.given.items() if r in roles}, "data")
     for column in texts:
         check_column(raw, "data", column)
-    if not task.reads_text:
-        logger.info(describe_columns(chosen, raw.column_names))
+    names = ("text",) if len(texts) == 1 else ("first text", "second text")
+    if read := dict(zip(names, texts, strict=False)) | chosen:
+        logger.info(describe_columns(read, raw.column_names))
     rows = by_role(raw, chosen)
     if not needs_targets:
         rows = rows.remove_columns([n for n in {"label", "labels", *task.targets} if n in rows.column_names])
@@ -145,6 +146,10 @@ def _loss_settings(record: RunRecord | None) -> dict[str, Any]:
 
 def _settings(given: Mapping[str, Any], record: RunRecord | None) -> dict[str, Any]:
     """Return settings, with those of the run in place of those that are None."""
-    of_run = {} if record is None else record.recipe
+    of_run = (
+        {}
+        if record is None
+        else record.recipe | {"text_columns": record.text_columns or record.recipe.get("text_columns")}
+    )
     names = {f.name for f in fields(Recipe)}
     return {n: of_run.get(n) if value is None and n in names else value for n, value in given.items()}

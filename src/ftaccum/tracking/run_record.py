@@ -14,7 +14,7 @@ from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
 # Records of older versions lack them.
-_ADDED = ("environment", "noise_scale_reason", "subject", "optimizer", "directory", "loaded_with")
+_ADDED = ("environment", "noise_scale_reason", "subject", "optimizer", "directory", "loaded_with", "text_columns")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class RunRecord:
         directory: the working folder of the command, from which relative paths in `sources` start; empty for a call
             from Python, or if an older version wrote the record.
         optimizer: the class of the optimizer and its betas; empty if an older version wrote the record.
+        text_columns: the columns that the run reads texts from; None if the rows are no raw text, or if an older
+            version wrote the record.
         loaded_with: the options with which `load_task` loaded the model; empty if it did not, or if an older version
             wrote the record.
     """
@@ -90,6 +92,7 @@ class RunRecord:
     directory: str = ""
     optimizer: str = ""
     loaded_with: dict[str, Any] = field(default_factory=dict)
+    text_columns: list[str] | None = None
 
     def batch_sizes(self) -> BatchSizes:
         """Return the sizes of updates."""

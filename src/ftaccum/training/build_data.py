@@ -46,6 +46,7 @@ class TrainingData:
         synthetic: whether the rows are random tokens.
         loss_divisor: the whole number by which `loss_fn` is smaller than the model's own loss, if there is one.
         text_notes: lines for the banner about raw text.
+        text_columns: the columns that texts are read from; empty if the rows are no raw text.
         loss_fn: the function that computes the loss: the user's, or the one that `class_weights` and `label_smoothing`
             define; None for the model's own.
         classes: the class of each training row, if `sampler` is "balanced".
@@ -62,6 +63,7 @@ class TrainingData:
     synthetic: bool
     loss_divisor: int | None = None
     text_notes: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
     loss_fn: LossFn | None = None
     classes: tuple[int, ...] = ()
     packed: bool = False
@@ -137,6 +139,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         synthetic=components.train_data is None,
         loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, few),
         text_notes=given.notes,
+        text_columns=given.text_columns,
         loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,

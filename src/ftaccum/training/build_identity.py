@@ -115,6 +115,7 @@ def build_record(
         subject=describe_subject(config, n_rows, is_synthetic=data.synthetic),
         directory="" if command is None else os.getcwd(),
         optimizer=summarize_optimizer(optimizer).describe_kind(),
+        text_columns=list(data.text_columns) or None,
         loaded_with=dict(options_of(model)),
         **size_entries(batch_sizes),
     )

@@ -29,11 +29,13 @@ class RunRows:
         train: rows to train on.
         val: rows to validate on, if any.
         notes: lines for the banner: which text columns are read.
+        text_columns: the columns that texts are read from; empty if the rows are no raw text.
     """
 
     train: Rows
     val: Rows | None
     notes: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
 
     @property
     def all(self) -> list[Rows]:
@@ -63,12 +65,14 @@ def build_rows(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val, val_text = reader.read(given, recipe.text_columns if text is None else text.texts)
     if text is None and val_text is None and recipe.text_columns is not None:
         raise DataError(_no_text(rows, recipe.text_columns))
-    notes = tuple(reader.describe(columns) for columns in (text or val_text,) if columns)
+    columns = text or val_text
+    notes = () if columns is None else (reader.describe(columns),)
+    texts = () if columns is None else columns.texts
     if given is not None or stream is not None:
-        return RunRows(rows, val, notes)
+        return RunRows(rows, val, notes, texts)
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
     part = f"The part that `validation_split` ({recipe.validation_split}) holds out of "
-    return RunRows(rows.subset(kept), rows.subset(held, part) if held else None, notes)
+    return RunRows(rows.subset(kept), rows.subset(held, part) if held else None, notes, texts)
 
 
 def _synthetic(config: Any, seed: int) -> Rows:

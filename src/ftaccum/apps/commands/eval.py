@@ -11,7 +11,7 @@ from ..trained_options import checked
 
 _DESCRIPTION = (
     "Evaluates a trained model on labelled rows: prints the loss and the metrics of its task.\n"
-    "`ftaccum eval RUN --data test.csv`. RUN is an output folder, or a folder or hub name of a model with `--task`.\n"
+    "`ftaccum eval RUN --data test.csv`. RUN is an output folder, or a folder or hub name of a model.\n"
     "With `accelerate launch -m ftaccum eval …`, all processes share the rows."
 )
 

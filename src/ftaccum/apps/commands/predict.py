@@ -9,8 +9,7 @@ from ..trained_options import checked
 _DESCRIPTION = (
     "Predicts rows with a trained model, and writes them with their predictions, in order, each once.\n"
     "`ftaccum predict RUN --data new.csv --output predictions.csv`. The rows need no labels. RUN is an output folder,\n"
-    "or a folder or hub name of a model with `--task`. With `accelerate launch -m ftaccum predict …`, all processes\n"
-    "share the rows."
+    "or a folder or hub name of a model. With `accelerate launch -m ftaccum predict …`, all processes share the rows."
 )
 
 
