@@ -13,6 +13,7 @@ from ..data.loader import LocalRows, MicroBatch
 from ..insight.format import format_duration
 from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
+from ..runtime.device_state import finish_work, forget_peak_memory, peak_memory
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_wrapper import model_to_save
@@ -98,11 +99,10 @@ class PreviewRun(Run):
 
     def _timed(self) -> list[str]:
         """Return lines on the time of an update, from some of its forward and backward passes."""
-        window = next(iter(self.plan.windows(0)))
+        device, window = self.accelerator.device, next(iter(self.plan.windows(0)))
         slices = self.data.train.cut(window.rows, self.planner)[self.accelerator.process_index]
         (micros,) = self.data.train.load([LocalRows(window.rows, slices, (0,))])
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory(device)
         try:
             longest = self._longest_rows(max(len(micro.slice.rows) for micro in micros))
             seconds = [self._pass(micro) for micro in [longest, *micros[:_TIMED]]][1:]
@@ -111,8 +111,8 @@ class PreviewRun(Run):
                 raise
             return ["A forward and backward pass of the longest rows does not fit in memory. Lower `batch_size`."]
         lines = []
-        if self.accelerator.device.type == "cuda":
-            lines.append(f"Peak memory of a pass of the longest rows: {_size(torch.cuda.max_memory_allocated())}")
+        if device.type != "cpu" and (peak := peak_memory(device)):
+            lines.append(f"Peak memory of a pass of the longest rows: {_size(peak)}")
         each = sum(seconds) / len(seconds)
         update = each * len(micros)
         return [
@@ -130,14 +130,15 @@ class PreviewRun(Run):
 
     def _pass(self, micro: MicroBatch) -> float:
         """Return the time in seconds of one forward and backward pass."""
+        device = self.accelerator.device
+        finish_work(device)
         started = time.perf_counter()
-        batch = fresh_batch(micro.batch, self.accelerator.device)
+        batch = fresh_batch(micro.batch, device)
         with self.accelerator.autocast():
             means, _ = self.data.objective.means(self.model, batch, micro.counts, micro.terms, micro.names)
-        sum(means.values(), torch.zeros((), device=self.accelerator.device)).backward()
+        sum(means.values(), torch.zeros((), device=device)).backward()
         self.model.zero_grad(set_to_none=True)
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish_work(device)
         return time.perf_counter() - started
 
 
