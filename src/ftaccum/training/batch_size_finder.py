@@ -1,7 +1,6 @@
 """The search for the largest physical batch that fits in memory."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..errors import SettingsError
 from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.host import free_on_host
+from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import free_on_device, give_back_memory, none_if_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.sharding.tensors import local_part
@@ -163,7 +162,4 @@ def _peak() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_of_process()
