@@ -1,7 +1,5 @@
 """Checks of a loss over the window that need the sizes of the run: memory, and sharded weights that it reads."""
 
-import os
-
 import torch
 
 from ..errors import SettingsError, refuse
@@ -10,8 +8,7 @@ from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
-from ..runtime.host import free_on_host
-from ..runtime.memory import free_on_device
+from ..runtime.memory import free_memory
 from ..runtime.process_group import ProcessGroup
 from .build_sharding import WHOLE
 
@@ -27,8 +24,7 @@ def check_loss_memory(
     if isinstance(plan, Plan) and plan.remainder == "flush":  # no update goes beyond an epoch
         n_rows = min(n_rows, plan.n_rows)
     needed = memory.of(n_rows)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    free = process_group.min(int(free_on_host() / here if device.type == "cpu" else free_on_device()))
+    free = process_group.min(free_memory(device))
     assert free is not None, "each process has a number"
     if needed > free:
         raise SettingsError(
