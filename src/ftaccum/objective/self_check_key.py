@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.gradient_hooks import has_hooks
+from ..runtime.gradient_hooks import model_has_hooks
 from ..runtime.model_wrapper import ModelWrapper, configs_in
 from .item_counts import Batch
 from .prefixed import is_tokens_column
@@ -71,7 +71,7 @@ def _ftaccum() -> str:
 
 
 def _of_model(model: nn.Module) -> list[Any]:
-    if has_hooks(model):
+    if model_has_hooks(model):
         raise _UnknownError
     described = [_of_config(config) for config in configs_in(model)]
     tensors = [
