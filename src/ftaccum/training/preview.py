@@ -50,44 +50,41 @@ class PreviewRun(Run):
         loader = self.data.train
         piece = MicroBatchRows((position,), places=(0,))
         (micro,) = loader.stream([LocalRows((position,), [piece], (0,))])
-        batch = micro.batch if isinstance(micro.batch, dict) or hasattr(micro.batch, "items") else {}
+        batch = micro.batch if hasattr(micro.batch, "items") else {}
         by_term = len(micro.counts) > 1
         items = ", ".join(f"{count:g} of {term}" if by_term else f"{count:g}" for term, count in micro.counts.items())
         yield f"--- {loader.name_of(position)}: {micro.tokens or 'no'} tokens, loss items: {items}"
         tokenizer = self.config.components.tokenizer
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                yield f"  {name} {tuple(value.shape[1:])}: {self._shown(name, value[0], batch, tokenizer)}"
+                yield f"  {name} {tuple(value.shape[1:])}: {self._shown(name, value[0], tokenizer)}"
 
-    def _shown(self, name: str, value: Tensor, batch: Any, tokenizer: Any) -> str:
+    def _shown(self, name: str, value: Tensor, tokenizer: Any) -> str:
         """Return a column of a row: token ids as text, labels of tokens with the tokens that they belong to."""
         decodes = hasattr(tokenizer, "convert_ids_to_tokens")
-        ids = batch.get("input_ids")
         if name == "input_ids" and value.ndim == 1 and decodes:
             return _cut(tokenizer.convert_ids_to_tokens(value.tolist()))
         if name == "labels" and not value.is_floating_point():
-            return self._labels(value, None if ids is None else ids[0], tokenizer if decodes else None)
+            return self._labels(value, tokenizer if decodes else None)
         if value.numel() > 1 and value.min() == value.max():
             return f"all {value.flatten()[0].item():g}"
         return _cut([f"{number:g}" for number in value.flatten()[: 2 * _LONGEST + 1].tolist()])
 
-    def _labels(self, labels: Tensor, ids: Tensor | None, tokenizer: Any) -> str:
+    def _labels(self, labels: Tensor, tokenizer: Any) -> str:
         """Return labels by name. `·` stands for a label that the loss ignores."""
         ignored, names = self.data.ignore_index, getattr(self.model.config, "id2label", None) or {}
         if labels.ndim != 1:
             return names.get(int(labels), str(labels.tolist())) if labels.ndim == 0 else _cut(labels.tolist())
         vocabulary = getattr(self.model.config, "vocab_size", 0) or 0
-        predicts_tokens = tokenizer is not None and len(names) < vocabulary and self._predicts_tokens(labels, ids)
-        if predicts_tokens:
+        if tokenizer is not None and len(names) < vocabulary and self._predicts_tokens():
             words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist())
         else:
             words = [names.get(n, str(n)) for n in labels.tolist()]
         return _cut(["·" if n == ignored else word for n, word in zip(labels.tolist(), words, strict=True)])
 
-    def _predicts_tokens(self, labels: Tensor, ids: Tensor | None) -> bool:
-        """Return whether labels are token ids: those of a language model, or of a decoder."""
-        has_output = getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
-        return has_output and (ids is not None or labels.ndim == 1)
+    def _predicts_tokens(self) -> bool:
+        """Return whether the model is a language model or has a decoder, so that labels are token ids."""
+        return getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
 
     def _costs(self) -> list[str]:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
