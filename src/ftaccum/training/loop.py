@@ -165,9 +165,13 @@ class TrainingLoop:
             peak_memory=peak_memory(self._accelerator.device),
             noise=gradient.noise,
         )
+        return result, self._non_finite(window, gradient)
+
+    def _non_finite(self, window: LocalWindow, gradient: ClippedGradient) -> NonFiniteUpdate | None:
+        """Return a description of an update whose loss or gradient is not finite; None if both are."""
         if gradient.is_finite:
-            return result, None
-        return result, NonFiniteUpdate(
+            return None
+        return NonFiniteUpdate(
             update=window.window.index + 1,
             grad_norm=gradient.norm,
             loss=sum(gradient.losses),
@@ -191,8 +195,15 @@ class TrainingLoop:
         in_loss, any_drifted, *moved = self._process_group.any_of([bool(suspects), has_drifted, *numbers.moved_buffers])
         if any_drifted:
             self._abandon(accumulated, numbers.drift)
-        norm_and_items = numbers.grad_norm, numbers.n_items
-        return ClippedGradient(*norm_and_items, numbers.losses, suspects, in_loss, moved, numbers.noise)
+        return ClippedGradient(
+            norm=numbers.grad_norm,
+            n_items=numbers.n_items,
+            losses=numbers.losses,
+            suspects=suspects,
+            of_loss=in_loss,
+            moved_buffers=moved,
+            noise=numbers.noise,
+        )
 
     def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
         """Restore the state before a window whose two passes differ, and raise PassesDifferError."""

@@ -74,8 +74,8 @@ class NonFiniteCounts:
         vars(self).update(state_dict | {"ended": "", "in_a_row": 0 if state_dict["ended"] else state_dict["in_a_row"]})
 
     def is_sound(self) -> bool:
-        """Return whether the weights are above suspicion. They may be at fault if several updates are not finite."""
-        return self.in_a_row <= bool(self.ended)
+        """Return whether to trust the weights: the last update was finite, or the first that was not ended the run."""
+        return self.in_a_row == 0 or (bool(self.ended) and self.in_a_row == 1)
 
     def one_more(self, fault: NonFiniteUpdate) -> int:
         """Count an update, and return its number among those of its kind (faults or overflows), from 1."""
