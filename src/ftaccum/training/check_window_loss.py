@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import SettingsError, refuse
+from ..insight.format import format_bytes
 from ..objective.objective import Objective
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
@@ -29,9 +30,9 @@ def check_loss_memory(
     if needed > free:
         raise SettingsError(
             [
-                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_size(needed)} of "
+                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {format_bytes(needed)} of "
                 f"memory: with `loss_over='window'`, it gets all rows of an update at once, and each process computes "
-                f"it. {_size(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
+                f"it. {format_bytes(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
             ]
         )
 
@@ -57,7 +58,3 @@ def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
             f"compiled graph, which shards do not have. Leave `compile` out{balance}, or {WHOLE}."
         )
     refuse(faults)
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

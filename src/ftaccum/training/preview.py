@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..data.loader import LocalRows, MicroBatch
-from ..insight.format import format_duration
+from ..insight.format import format_bytes, format_duration
 from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.device_state import finish_work, forget_peak_memory, peak_memory
@@ -24,7 +24,6 @@ from .build_plan import describe_cut
 _TIMED = 8  # micro-batches to time
 _ADAM_STATES = 2  # numbers that Adam keeps for each trainable weight
 _LONGEST = 48  # tokens to show of each end of a row
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class PreviewRun(Run):
@@ -90,7 +89,10 @@ class PreviewRun(Run):
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         states = trained * (1 + _ADAM_STATES)
-        lines = [f"Memory: {_size(weights)} of weights, {_size(states)} of gradients and AdamW states, and activations"]
+        lines = [
+            f"Memory: {format_bytes(weights)} of weights, {format_bytes(states)} of gradients and AdamW states, and "
+            "activations"
+        ]
         with preserve_gradients(self.model):
             return lines + self._timed()
 
@@ -109,7 +111,7 @@ class PreviewRun(Run):
             return ["A forward and backward pass of the longest rows does not fit in memory. Lower `batch_size`."]
         lines = []
         if device.type != "cpu" and (peak := peak_memory(device)):
-            lines.append(f"Peak memory of a pass of the longest rows: {_size(peak)}")
+            lines.append(f"Peak memory of a pass of the longest rows: {format_bytes(peak)}")
         each = sum(seconds) / len(seconds)
         update = each * len(micros)
         return [
@@ -145,10 +147,3 @@ def _cut(words: Sequence[Any]) -> str:
     if len(shown) > 2 * _LONGEST:
         shown = [*shown[:_LONGEST], f"… ({len(shown) - 2 * _LONGEST} more) …", *shown[-_LONGEST:]]
     return " ".join(shown)
-
-
-def _size(n_bytes: float) -> str:
-    power = 0
-    while n_bytes >= 1000 and power < len(_UNITS) - 1:
-        n_bytes, power = n_bytes / 1000, power + 1
-    return f"{n_bytes:.3g} {_UNITS[power]}"
