@@ -97,14 +97,14 @@ class MovingBuffers:
         for (place, entry), has_moved in zip(list(self._unchanged.items()), moved, strict=True):
             if has_moved:
                 del self._unchanged[place]
-                if undone:
-                    _warn_if_lost(place, entry)
+                if undone and entry.value is None:
+                    _warn_of_lost(place, entry)
 
     def restore(self, start: Buffers) -> None:
         """Restore the buffers at the start of a window that is undone, and warn of those that have no copy."""
         for place, entry in self._unchanged.items():
             if entry.value is None and _has_moved(place, entry):
-                _warn_if_lost(place, entry)
+                _warn_of_lost(place, entry)
         start.restore()
 
     def _watch(self, places: Sequence[Place]) -> None:
@@ -161,13 +161,12 @@ class SyncedBuffers:
         pass
 
 
-def _warn_if_lost(place: Place, entry: _UnchangedBuffer) -> None:
-    if entry.value is None:
-        logger.warning(
-            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was skipped or "
-            f"retried, and it cannot be restored: it had not changed before, so no copy of its "
-            f"{entry.buffer.nbytes:,} bytes was kept. From now on, it is copied before each update."
-        )
+def _warn_of_lost(place: Place, entry: _UnchangedBuffer) -> None:
+    logger.warning(
+        f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was skipped or "
+        f"retried, and it cannot be restored: it had not changed before, so no copy of its "
+        f"{entry.buffer.nbytes:,} bytes was kept. From now on, it is copied before each update."
+    )
 
 
 def _at(place: Place) -> Tensor:
