@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..runtime.fingerprint import bytes_of, fingerprint, in_memory, is_expanded
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import Buffers, buffers_of, bytes_of, fingerprint, in_memory, is_expanded, unset_buffers_of
+from ..runtime.state_guards import Buffers, buffers_of, unset_buffers_of
 
 Place = tuple[nn.Module, str]
 
