@@ -37,7 +37,7 @@ class _Totals:
     Attributes:
         losses: the mean losses of all rows so far.
         predicted: the predictions of all rows so far.
-        passes: what the terms that read several rows together read of the current group.
+        passes: the values of the current group for the terms that read several rows together.
         n_rows: the number of rows of this process in the current group.
     """
 

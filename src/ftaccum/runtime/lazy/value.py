@@ -18,7 +18,7 @@ class LazyError(RuntimeError):
 
 @dataclass
 class Frame:
-    """What the values of one forward pass share.
+    """The context of one forward pass, which its values share: its rows, its device and its autograd settings.
 
     Attributes:
         n_rows, length: the number of rows, and of positions in each.
