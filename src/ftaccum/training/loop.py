@@ -107,7 +107,7 @@ class TrainingLoop:
                 window, accumulated = self._accumulate(window, hooks.split)
                 self.in_update = True
                 self._read_ahead(windows)
-                result, non_finite = self.update(window, accumulated, hooks)
+                result, non_finite = self._update(window, accumulated, hooks)
                 self.in_update = False
                 if not hooks.after_update(result, non_finite):
                     return
@@ -123,7 +123,7 @@ class TrainingLoop:
             if not is_idle(self._accelerator.device):  # it did not wait for rows
                 self._timer.count_as("passes")
 
-    def update(
+    def _update(
         self, window: LocalWindow, accumulated: AccumulatedWindow, hooks: LoopHooks
     ) -> tuple[StepResult, NonFiniteUpdate | None]:
         """Clip the gradient, step the optimizer and the schedule, and drop the gradients.
