@@ -72,7 +72,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []
-        self._kept = TrainingLoop.update
+        self._kept = TrainingLoop._update
 
     def __enter__(self) -> "Seen":
         kept, windows = self._kept, self.windows
@@ -82,8 +82,8 @@ class Seen:
             windows.append([int(number) for numbers in real for number in numbers])
             return kept(loop, window, *others)
 
-        TrainingLoop.update = update  # type: ignore[method-assign]
+        TrainingLoop._update = update  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        TrainingLoop.update = self._kept  # type: ignore[method-assign]
+        TrainingLoop._update = self._kept  # type: ignore[method-assign]

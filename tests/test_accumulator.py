@@ -18,11 +18,12 @@ from ftaccum.data.loader import MicroBatch
 from ftaccum.errors import SettingsError
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.accelerator import accelerator_session
+from ftaccum.runtime.fingerprint import fingerprint
 from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.memory import WindowOutOfMemoryError
 from ftaccum.runtime.process_group import SINGLE
-from ftaccum.runtime.state_guards import fingerprint, preserve_buffers
+from ftaccum.runtime.state_guards import preserve_buffers
 from ftaccum.settings.runtime import Runtime
 
 

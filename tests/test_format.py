@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ftaccum.insight.format import format_duration, format_number, known
+from ftaccum.insight.format import format_bytes, format_duration, format_number, known
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,11 @@ def test_a_value_that_is_not_a_number_is_not_a_missing_one() -> None:
 )
 def test_durations_have_the_unit_that_keeps_them_short(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (28_400, "28.4 kB"), (999_700_000, "1 GB"), (1.074e9, "1.07 GB"), (2.5e14, "250 TB")],
+)
+def test_sizes_have_three_digits_and_the_unit_that_keeps_them_short(n_bytes: float, text: str) -> None:
+    assert format_bytes(n_bytes) == text

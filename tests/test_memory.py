@@ -268,7 +268,7 @@ def test_auto_on_a_host_stays_within_free_memory(monkeypatch: pytest.MonkeyPatch
     model.register_forward_pre_hook(
         lambda _, __, given: taken.append(given["input_ids"].shape[0] * 20_000_000), with_kwargs=True
     )
-    monkeypatch.setattr("ftaccum.training.batch_size_finder.free_on_host", lambda: 250_000_000)
+    monkeypatch.setattr("ftaccum.training.batch_size_finder.free_memory", lambda _: 250_000_000)
     monkeypatch.setattr("ftaccum.training.batch_size_finder._peak", lambda: 7_000_000 + taken[-1])
     monkeypatch.setattr("ftaccum.training.batch_size_finder._forget_peak", lambda: taken.append(0))
     result = test_fine_tuning(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ftaccum.objective.hidden_state import HiddenState, find_hidden_state
+from ftaccum.runtime import module_attributes
 from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.module_attributes import ModuleAttributes, preserve_attributes
 
@@ -136,6 +137,7 @@ def test_an_attribute_that_cannot_be_restored_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ftaccum.runtime.module_attributes._BUDGET", 1000)
+    module_attributes._warn_if_lost.cache_clear()  # it warns once per process
     module = Keeps()
     before = ModuleAttributes(module)
     module.large += 1

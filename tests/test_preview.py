@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from ftaccum.apps.cli import main
+from ftaccum.runtime.device_state import finish_work
 from task_files import TEXTS, save_encoder, save_rows
 
 
@@ -21,3 +23,11 @@ def test_preview_shows_rows_sizes_memory_and_time(tmp_path: Path, capsys: pytest
     assert "Memory: " in out
     assert "s for an update of 2 passes" in out
     assert not (tmp_path / "outputs").exists()
+
+
+def test_times_include_the_work_that_any_accelerator_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waited.append)
+    for kind in ("cpu", "xpu", "mps", "cuda"):
+        finish_work(torch.device(kind))
+    assert [device.type for device in waited] == ["xpu", "mps", "cuda"]

@@ -168,6 +168,14 @@ def test_losses_that_hold_what_has_no_hash_are_not_cached(held: Any, key: Any) -
     assert key(unset()) is None
 
 
+def test_packages_that_are_not_loaded_yet_count_as_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = self_check_key._folders_of_versions.__wrapped__
+    loaded = find()
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    assert find() == loaded
+    assert any(Path(folder).name == "peft" for folder in loaded)
+
+
 def test_edits_of_other_files_of_a_package_change_the_key(key: Any, tmp_path: Path, monkeypatch: Any) -> None:
     package = tmp_path / "of_two_files"
     package.mkdir()

@@ -166,7 +166,7 @@ def test_a_model_fits_whole_if_a_quarter_of_the_free_memory_holds_its_tensors(mo
     free[0] -= 1
     assert not fits_whole(model, GPU, SINGLE)
     assert fits_whole(model, torch.device("cpu"), SINGLE), "a host has no free memory that is known so exactly"
-    monkeypatch.setattr("ftaccum.runtime.sharding.shard.free_on_host", lambda: 4 * n_bytes - 1)
+    monkeypatch.setattr("ftaccum.runtime.sharding.shard.free_per_process", lambda: 4 * n_bytes - 1)
     with pytest.raises(SettingsError, match="its loss is measured on the whole model"):
         fits_whole(model, GPU, SINGLE)
 
@@ -214,7 +214,7 @@ def found_on_a_gpu(
     group = SimpleNamespace(is_single=False, any=lambda flag: flag or (other and ROWS != []), min=lambda number: number)
     finder = "ftaccum.training.batch_size_finder"
     monkeypatch.setattr(f"{finder}._loss", loss)
-    monkeypatch.setattr(f"{finder}.free_on_device", lambda: free)
+    monkeypatch.setattr(f"{finder}.free_memory", lambda _: free)
     monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda: peak[0])
     monkeypatch.setattr("torch.accelerator.reset_peak_memory_stats", lambda: peak.__setitem__(0, 1000))
     ROWS.clear()

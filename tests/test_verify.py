@@ -329,7 +329,7 @@ def test_16_bits_are_judged_by_a_tolerance_for_their_rounding(monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_dtype_stays_float32_if_float64_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.apps.verify.precision.free_on_host", lambda: 200_000)
+    monkeypatch.setattr("ftaccum.apps.verify.precision.free_per_process", lambda: 200_000)
     found = verify(HEADS[BERT].model().float(), HEADS[BERT].rows(30), **SIZES)
     assert (found.dtype, found.exact) == ("float32", True)
     assert "would not fit in memory" in found.notes[0]

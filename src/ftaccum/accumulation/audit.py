@@ -157,7 +157,7 @@ class GradientAuditor:
             return None
         return mode.whole, list(mode.moving), bool(hidden.off), repeats or bool(mode.moving)
 
-    def _accumulate(self, sample: AuditSample, factor: float = 1.0) -> "_Measured | None":
+    def _accumulate(self, sample: AuditSample, factor: float = 1.0) -> "_SketchedGradient | None":
         """Accumulate a gradient as training does; return None on all processes if memory runs out."""
         micro_batches = self._process_group.run_on_all(sample.load)
         try:
@@ -168,7 +168,7 @@ class GradientAuditor:
         loss = gathered([losses], self._accelerator)[0].total()
         return self._take(loss, self._accumulated_gradients(), factor)
 
-    def _reference(self, sample: AuditSample) -> "tuple[str, AuditSample | None, _Measured | None]":
+    def _reference(self, sample: AuditSample) -> "tuple[str, AuditSample | None, _SketchedGradient | None]":
         """Return the kind of reference, its rows, and the gradient to compare with."""
         one = sample.in_one() if self._one_batch.fits(sample) else None
         wanted = self._measured(one)
@@ -180,8 +180,8 @@ class GradientAuditor:
     def _rounding(
         self,
         sample: AuditSample,
-        accumulated: "_Measured",
-        of_one: "tuple[AuditSample | None, _Measured | None] | None",
+        accumulated: "_SketchedGradient",
+        of_one: "tuple[AuditSample | None, _SketchedGradient | None] | None",
     ) -> float | None:
         """Measure rounding: that of one batch, and that of an accumulated gradient if it may round in another way.
 
@@ -193,17 +193,17 @@ class GradientAuditor:
             found.append(self._rounding_of_cut(sample, accumulated))
         return max((each for each in found if each is not None), default=None)
 
-    def _rounding_of_one(self, one: AuditSample | None, wanted: "_Measured | None") -> float | None:
+    def _rounding_of_one(self, one: AuditSample | None, wanted: "_SketchedGradient | None") -> float | None:
         """Measure the rounding of one batch: compute it again with its rows in reverse and a third of the loss."""
         turned = self._measured(None if one is None else one.reversed(), _THIRD)
         return self._process_group.broadcast(None if turned is None or wanted is None else turned.error(wanted))
 
-    def _rounding_of_cut(self, sample: AuditSample, accumulated: "_Measured") -> float | None:
+    def _rounding_of_cut(self, sample: AuditSample, accumulated: "_SketchedGradient") -> float | None:
         """Measure the rounding of an accumulated gradient in the same way."""
         turned = self._accumulate(sample.reversed(), _THIRD)
         return None if turned is None else self._process_group.broadcast(turned.error(accumulated))
 
-    def _measured(self, one: AuditSample | None, factor: float = 1.0) -> "_Measured | None":
+    def _measured(self, one: AuditSample | None, factor: float = 1.0) -> "_SketchedGradient | None":
         """Sketch the gradient of one batch; return None if there is no such batch, or memory runs out."""
         found = self._one_batch.gradient(one, factor)
         if found is None:
@@ -222,7 +222,7 @@ class GradientAuditor:
         names = {id(p): name for name, p in self._model.named_parameters()}
         return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
-    def _take(self, loss: float, gradients: Mapping[str, Tensor | None], factor: float) -> "_Measured":
+    def _take(self, loss: float, gradients: Mapping[str, Tensor | None], factor: float) -> "_SketchedGradient":
         """Sketch a gradient, divided by a factor, on the main process, and then drop the gradient."""
         sketch = GradientSketch()
         for name, gradient in gradients.items():
@@ -230,17 +230,17 @@ class GradientAuditor:
             if whole is not None and self._process_group.is_main:
                 sketch.add(name, whole if factor == 1 else whole / factor)
         self._accumulator.zero_gradients()
-        return _Measured(sketch, loss)
+        return _SketchedGradient(sketch, loss)
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _SketchedGradient:
     """The sketch of a gradient, and a loss. The sketch is empty on all but the main process."""
 
     sketch: GradientSketch
     loss: float
 
-    def error(self, wanted: "_Measured") -> float:
+    def error(self, wanted: "_SketchedGradient") -> float:
         """Return the norm of the difference from another gradient, relative to the norm of that gradient."""
         return self.sketch.minus(wanted.sketch).norm() / (wanted.sketch.norm() or 1.0)
 
@@ -249,7 +249,7 @@ class _Measured:
         return math.isfinite(self.sketch.norm()) and math.isfinite(self.loss)
 
 
-def _compared(n_rows: int, reference: str, found: _Measured, wanted: _Measured | None) -> Audit | None:
+def _compared(n_rows: int, reference: str, found: _SketchedGradient, wanted: _SketchedGradient | None) -> Audit | None:
     if wanted is None or not (found.is_finite and wanted.is_finite):
         return None
     norms = found.sketch.minus(wanted.sketch).norms()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..runtime.fingerprint import bytes_of, fingerprint, in_memory, is_expanded
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import Buffers, buffers_of, bytes_of, fingerprint, in_memory, is_expanded, unset_buffers_of
+from ..runtime.state_guards import Buffers, buffers_of, unset_buffers_of
 
 Place = tuple[nn.Module, str]
 
@@ -20,7 +21,7 @@ _KEPT = 2**28
 
 
 @dataclass(frozen=True)
-class _Still:
+class _UnchangedBuffer:
     """A large buffer that has not changed so far.
 
     Attributes:
@@ -48,8 +49,8 @@ class MovingBuffers:
         self._modules, self._process_group = (model, *modules), process_group
         self._specs: dict[str, Any] | None = None
         self._shared: list[Place] = []  # on several processes: buffers with the same name, shape and dtype on all
-        self._still: dict[Place, _Still] = {}
-        self._seen: set[Place] = set()  # large ones that are, or were, in `_still`
+        self._unchanged: dict[Place, _UnchangedBuffer] = {}
+        self._seen: set[Place] = set()  # large ones that are, or were, in `_unchanged`
 
     def sync(self) -> None:
         """Copy the main process's buffers to all processes, in one collective, as bytes (gloo has no int16 or float8).
@@ -61,7 +62,7 @@ class MovingBuffers:
         if self._process_group.is_single:
             return
         self._agree()
-        places = [place for place in self._shared if place not in self._still]
+        places = [place for place in self._shared if place not in self._unchanged]
         if not places:
             return
         parts = [bytes_of(in_memory(_at(place))) for place in places]
@@ -76,15 +77,15 @@ class MovingBuffers:
     def snapshot(self) -> Buffers:
         """Return a copy of the buffers to restore them from. Those that have never changed share their first copy."""
         places = buffers_of(*self._modules)
-        # `_still` must have the same order on all processes, but modules may register buffers in different orders.
+        # `_unchanged` must have the same order on all processes, but modules may register buffers in different orders.
         self._watch(places if self._process_group.is_single else self._shared)
-        copied = Buffers.now([place for place in places if place not in self._still])
-        still = {p: (s.buffer, s.value) for p, s in self._still.items() if s.value is not None}
-        return Buffers(copied.kept | still, unset_buffers_of(*self._modules))
+        copied = Buffers.now([place for place in places if place not in self._unchanged])
+        unchanged = {p: (s.buffer, s.value) for p, s in self._unchanged.items() if s.value is not None}
+        return Buffers(copied.kept | unchanged, unset_buffers_of(*self._modules))
 
     def moved(self) -> Tensor:
         """Return which large buffers that had not changed before have changed, without waiting for the device."""
-        flags = [_has_moved(place, still) for place, still in self._still.items()]
+        flags = [_has_moved(place, entry) for place, entry in self._unchanged.items()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else torch.zeros(0)
 
     def observe(self, moved: Sequence[bool], *, undone: bool) -> None:
@@ -94,22 +95,22 @@ class MovingBuffers:
             moved: for each element that `moved` returned, whether it was true on any process.
             undone: whether the window in which they changed was undone.
         """
-        for (place, still), has_moved in zip(list(self._still.items()), moved, strict=True):
+        for (place, entry), has_moved in zip(list(self._unchanged.items()), moved, strict=True):
             if has_moved:
-                del self._still[place]
-                if undone:
-                    _warn_if_lost(place, still)
+                del self._unchanged[place]
+                if undone and entry.value is None:
+                    _warn_of_lost(place, entry)
 
     def restore(self, start: Buffers) -> None:
         """Restore the buffers at the start of a window that is undone, and warn of those that have no copy."""
-        for place, still in self._still.items():
-            if still.value is None and _has_moved(place, still):
-                _warn_if_lost(place, still)
+        for place, entry in self._unchanged.items():
+            if entry.value is None and _has_moved(place, entry):
+                _warn_of_lost(place, entry)
         start.restore()
 
     def _watch(self, places: Sequence[Place]) -> None:
         """Add new large buffers to those that have not changed."""
-        room = _KEPT - sum(still.value.nbytes for still in self._still.values() if still.value is not None)
+        room = _KEPT - sum(entry.value.nbytes for entry in self._unchanged.values() if entry.value is not None)
         for place in places:
             buffer = _at(place)
             if buffer.numel() <= _SMALL or place in self._seen:
@@ -117,7 +118,7 @@ class MovingBuffers:
             self._seen.add(place)
             is_kept = buffer.nbytes <= room
             room -= buffer.nbytes if is_kept else 0
-            self._still[place] = _Still(buffer, fingerprint(buffer), buffer.clone() if is_kept else None)
+            self._unchanged[place] = _UnchangedBuffer(buffer, fingerprint(buffer), buffer.clone() if is_kept else None)
 
     def _agree(self) -> None:
         """Find the buffers with the same name, shape and dtype on all processes; again when these change on any."""
@@ -139,7 +140,7 @@ class MovingBuffers:
         everyone: list[Mapping[str, Any]] = self._process_group.gather(specs)
         equal = [name for name, spec in everyone[0].items() if all(other.get(name) == spec for other in everyone)]
         self._shared = [places[name] for name in equal]
-        self._still = {place: still for place, still in self._still.items() if place in self._shared}
+        self._unchanged = {place: entry for place, entry in self._unchanged.items() if place in self._shared}
 
 
 class SyncedBuffers:
@@ -161,13 +162,12 @@ class SyncedBuffers:
         pass
 
 
-def _warn_if_lost(place: Place, still: _Still) -> None:
-    if still.value is None:
-        logger.warning(
-            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was skipped or "
-            f"retried, and it cannot be restored: it had not changed before, so no copy of its "
-            f"{still.buffer.nbytes:,} bytes was kept. From now on, it is copied before each update."
-        )
+def _warn_of_lost(place: Place, entry: _UnchangedBuffer) -> None:
+    logger.warning(
+        f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was skipped or "
+        f"retried, and it cannot be restored: it had not changed before, so no copy of its "
+        f"{entry.buffer.nbytes:,} bytes was kept. From now on, it is copied before each update."
+    )
 
 
 def _at(place: Place) -> Tensor:
@@ -185,8 +185,8 @@ def _write(place: Place, value: Tensor) -> None:
         place[0]._buffers[place[1]] = value
 
 
-def _has_moved(place: Place, still: _Still) -> Tensor:
+def _has_moved(place: Place, entry: _UnchangedBuffer) -> Tensor:
     buffer = place[0]._buffers[place[1]]
-    if buffer is not still.buffer:
-        return torch.ones((), dtype=torch.bool, device=still.buffer.device)
-    return fingerprint(buffer) != still.fingerprint
+    if buffer is not entry.buffer:
+        return torch.ones((), dtype=torch.bool, device=entry.buffer.device)
+    return fingerprint(buffer) != entry.fingerprint

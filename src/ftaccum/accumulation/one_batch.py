@@ -1,6 +1,5 @@
 """The gradient of all rows of an audit in one batch, without weights: what accumulation must equal."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ from ..objective.normalizer import widened
 from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.host import free_on_host, peak_of_process
+from ..runtime.host import free_per_process, peak_of_process
 from ..runtime.memory import free_on_device, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from .audit_sample import AuditSample
@@ -56,7 +55,7 @@ class OneBatch:
             # Processes that gather weights cannot recover if memory runs out in the backward pass of one of them.
             return not gathers or times * torch.accelerator.max_memory_allocated() < free_on_device()
         # The peak memory of the process is an upper bound for each micro-batch so far.
-        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return times * peak_of_process() < free_per_process()
 
     def loss(self, micro: MicroBatch) -> Tensor:
         """Return the mean loss of a batch, as the model or the loss function computes it."""

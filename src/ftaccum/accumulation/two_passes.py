@@ -38,12 +38,12 @@ class MicroBatchLoss:
 
 
 @dataclass
-class _Kept:
-    """What the first pass keeps of a micro-batch.
+class _FirstPass:
+    """The first pass of a micro-batch, as far as the second one needs it.
 
     Attributes:
         generators: the random state that it started from.
-        collected: what the window's terms read.
+        collected: the values that the window's terms read.
         live: the means and the values with their graph, if there is no second pass; None otherwise.
     """
 
@@ -73,7 +73,7 @@ class TwoPasses:
         # Graphs compiled without gradients draw other random numbers than with them.
         self._first_has_graphs = is_compiled(self._inner)
         self._device = next(model.parameters()).device
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, _FirstPass] = {}
         self.drift = torch.zeros((), device=self._device)
         self.most_drift = _MOST_DRIFT_IN_16_BITS if computes_in_16_bits(self._inner) else _MOST_DRIFT
         self.forward_passes = 2
@@ -96,13 +96,13 @@ class TwoPasses:
                 return failure
         return None
 
-    def _run_first(self, micro: MicroBatch, *, is_only: bool) -> "_Kept":
+    def _run_first(self, micro: MicroBatch, *, is_only: bool) -> "_FirstPass":
         generators, batch = Generators.now(), fresh_batch(micro.batch, self._device)
         with nullcontext() if is_only or self._first_has_graphs else torch.no_grad():
             # Not DDP, which would expect a backward pass.
             means, values, _ = self._objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
         live = (means, values) if is_only else None
-        return _Kept(generators, CollectedValues.of(micro.slice.places, values), live)
+        return _FirstPass(generators, CollectedValues.of(micro.slice.places, values), live)
 
     def compute(self, seed: Sequence[int]) -> None:
         """Compute the terms of the window. All processes call this together.

@@ -103,11 +103,17 @@ class AccumulatedWindow:
         measured = [] if self.agreement is None else [self.agreement.share]
         scalars = [part.reshape(1) for part in (norm, items, self.drift, *measured)]
         parts = [part.to(norm.device) for part in (*scalars, losses, self.moved_buffers)]
-        grad_norm, n_items, off, *others = torch.cat(parts).tolist()
+        grad_norm, n_items, drift, *others = torch.cat(parts).tolist()
         noise, others = self._noise(grad_norm, *others[: len(measured)]), others[len(measured) :]
         n_passes = len(losses)
-        flags = [bool(flag) for flag in others[n_passes:]]
-        return WindowNumbers(grad_norm, n_items, others[:n_passes], off, flags, noise)
+        return WindowNumbers(
+            grad_norm=grad_norm,
+            n_items=n_items,
+            losses=others[:n_passes],
+            drift=drift,
+            moved_buffers=[bool(flag) for flag in others[n_passes:]],
+            noise=noise,
+        )
 
     def _noise(self, grad_norm: float, share: float = math.nan) -> NoiseMeasurement | None:
         """Return the measurement of a window's halves, given the share of its agreement."""

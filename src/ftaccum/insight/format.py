@@ -3,6 +3,7 @@
 import math
 
 UNKNOWN = "–"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def format_number(value: float | None) -> str:
@@ -18,8 +19,12 @@ def known(value: float) -> float | None:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return a size in GB (10⁹ bytes), or in MB below one GB."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
+    """Return a number of bytes with a unit, such as 1.25 GB (10⁹ bytes)."""
+    for unit in _UNITS:
+        if n_bytes < 999.5 or unit == _UNITS[-1]:
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} {unit}"
 
 
 def format_duration(seconds: float) -> str:

@@ -139,6 +139,11 @@ class DeterministicMode:
 
         return whole._without_draws(run_once) if draws else whole, True
 
+    @property
+    def names_of_moving(self) -> list[str]:
+        """The classes and the names of the modules that move buffers, for people."""
+        return [f"{type(module).__name__} {name!r}" for name, module in self.moving.items()]
+
     def _with_moving(self, moved: set[nn.Module]) -> "DeterministicMode":
         return replace(self, moving={name: module for name, module in self.named_modules().items() if module in moved})
 

@@ -17,12 +17,7 @@ from ..runtime.lazy.value import Frame, LazyError
 from ..runtime.log import logger
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import checkpoints_layers
-from ..runtime.module_attributes import (
-    ModuleAttributes,
-    has_hooks_after,
-    has_hooks_before,
-    has_hooks_on_gradients,
-)
+from ..runtime.module_attributes import ModuleAttributes, has_hooks, has_hooks_on_gradients
 from ..runtime.sharding.tensors import is_sharded
 from .labelled_head import modules_around
 
@@ -96,7 +91,7 @@ class LastLayer:
 
     def reason(self) -> str | None:
         """Return why the layer is computed at all positions; None if nothing is known to speak against less."""
-        if any(map(_has_hooks, self.layer.modules())) or any(map(has_hooks_on_gradients, self._around)):
+        if any(map(has_hooks, self.layer.modules())) or any(map(has_hooks_on_gradients, self._around)):
             return "the last layer has hooks, which may read all positions"
         if checkpoints_layers(self._model):
             return "the layers are checkpointed"
@@ -115,7 +110,3 @@ def can_be_lazy(hidden: Any) -> bool:
 def _with_whole_outputs(_: nn.Module, __: Any, outputs: Any) -> Any:
     """Compute lazy outputs of a model at all positions: what runs after it may be no function of torch."""
     return recursively_apply(whole, outputs, test_type=is_lazy)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return has_hooks_before(module) or has_hooks_after(module) or has_hooks_on_gradients(module)

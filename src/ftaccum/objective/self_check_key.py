@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import platform
 import site
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.gradient_hooks import has_hooks
+from ..runtime.gradient_hooks import model_has_hooks
 from ..runtime.model_wrapper import ModelWrapper, configs_in
 from .item_counts import Batch
 from .prefixed import is_tokens_column
@@ -70,7 +71,7 @@ def _ftaccum() -> str:
 
 
 def _of_model(model: nn.Module) -> list[Any]:
-    if has_hooks(model):
+    if model_has_hooks(model):
         raise _UnknownError
     described = [_of_config(config) for config in configs_in(model)]
     tensors = [
@@ -241,9 +242,12 @@ def _library_folders() -> tuple[str, ...]:
 
 @functools.cache
 def _folders_of_versions() -> tuple[str, ...]:
-    """Return the packages whose versions are part of the key, so that functions of theirs need not be followed."""
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
-    return tuple(str(Path(path).parent) for path in files if path)
+    """Return the folders of the packages whose versions are part of the key: their functions need not be followed.
+
+    A package counts whether or not it is loaded yet, as a process may load it after its first key.
+    """
+    specs = (importlib.util.find_spec(name) for name in _PACKAGES)
+    return tuple(str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin)
 
 
 def _of_sample(sample: Sample) -> list[Any]:

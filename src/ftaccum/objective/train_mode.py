@@ -71,13 +71,13 @@ class TrainMode:
                 return InTraining(dict.fromkeys(chosen, 0.0))
             separate = self.sample.separate(together, PAIRS)
             means = [from_the_start(part) for part in separate]
-            complaint = self._complaint_of_one_row() if moving else None
+            complaint = complaint_of_one_row(self.losses, self.sample) if moving else None
             once = self.losses(together)
             again = self.losses(together) if moving else once
         return InTraining(
             {term: difference(joint, means, separate, term, count) for term, count in chosen.items()},
             max(relative(again[term], once[term]) for term in chosen),
-            [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
+            self.mode.names_of_moving,
             complaint,
         )
 
@@ -127,13 +127,18 @@ class TrainMode:
     def _check(self, counts: Mapping[str, CountItems], means: Callable[[Batch], Mapping[str, Tensor]]) -> GradientCheck:
         return GradientCheck(self.model, means, counts, self.mode.modules)
 
-    def _complaint_of_one_row(self) -> str | None:
-        # Batch norm raises for a single value.
-        try:
-            self.losses(self.sample.separate(self.sample.together, SINGLE)[0])
-        except ValueError as error:
-            return str(error)
-        return None
+
+def complaint_of_one_row(run: Callable[[Batch], object], sample: Sample) -> str | None:
+    """Return the error that a pass of a single row raises, as with batch norm for a single value; None if it succeeds.
+
+    Args:
+        run: runs a pass of a batch.
+    """
+    try:
+        run(sample.separate(sample.together, SINGLE)[0])
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _if_memory_allows(run: Callable[[], T]) -> T | None:

@@ -25,7 +25,8 @@ from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
 from .report import ExactnessReport, InTraining
 from .row_terms import RowTerms
-from .sample import PAIRS, SINGLE, UNEQUAL, Sample
+from .sample import PAIRS, UNEQUAL, Sample
+from .train_mode import complaint_of_one_row
 from .window_forward import WindowForward
 from .window_gradient import WindowGradientCheck
 from .window_loss import WindowLoss
@@ -209,15 +210,10 @@ class _Check:
             together = from_the_start(self.sample.together)
             separate = [from_the_start(part) for part in self.sample.separate(self.sample.together, PAIRS)]
             off, _ = _difference(together, separate)
-            complaint = None
-            try:
-                from_the_start(self.sample.separate(self.sample.together, SINGLE)[0])
-            except ValueError as error:  # batch norm raises for a single value
-                complaint = str(error)
+            complaint = complaint_of_one_row(from_the_start, self.sample)
             once, again = read(self.sample.together), read(self.sample.together)
             drift, _ = _difference(once, [again])
-        mixing = [f"{type(module).__name__} {name!r}" for name, module in mode.moving.items()]
-        return InTraining(dict.fromkeys(names, off), drift, mixing, complaint)
+        return InTraining(dict.fromkeys(names, off), drift, mode.names_of_moving, complaint)
 
     def _check_gradient(self, prepared: Callable[[Batch], Batch]) -> None:
         """Raise SettingsError if no input of the loss has a gradient."""

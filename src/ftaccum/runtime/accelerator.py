@@ -46,10 +46,11 @@ def compiles_models(accelerator: Accelerator) -> bool:
 def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) -> Iterator[Accelerator]:
     """Create an Accelerator with the run's precision, and restore the process's global state on exit.
 
-    Accelerate itself never shards a model, even if the launcher asks for FSDP.
+    The global state is Accelerate's shared state, the random number generators and torch's determinism setting. So a
+    process can have many sessions, of any precision. A process group that the launcher asked for stays open for the
+    next session.
 
-    That is Accelerate's shared state, the random number generators and torch's determinism setting. So a process can
-    have many sessions, of any precision. A process group that the launcher asked for stays open for the next session.
+    Accelerate itself never shards the model, even if the launcher asks for FSDP.
 
     Args:
         project_dir: the folder where trackers write files.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class AccumulationBackend(Protocol):
-    """What accumulates a gradient: an Accelerator, or a `LoopAccelerator` in a loop that the user wrote.
+    """The interface of an Accelerator that the accumulator uses; `LoopAccelerator` has it, too.
 
     Attributes:
         gradient_accumulation_steps: the number of passes of the current window.

@@ -1,4 +1,4 @@
-"""The state of a run's device, read without waiting for the device."""
+"""The state of a run's device: whether it is idle, and its peak memory."""
 
 from contextlib import suppress
 
@@ -13,6 +13,19 @@ _ASYNCHRONOUS = ("cuda", "xpu")
 def is_idle(device: torch.device) -> bool:
     """Return whether a device has finished everything that it was given. A CPU always has."""
     return device.type not in _ASYNCHRONOUS or torch.accelerator.current_stream(device).query()
+
+
+def finish_work(device: torch.device) -> None:
+    """Wait until a device has finished everything that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let the peak memory of a device start again from its present memory. That of a CPU's process stays."""
+    if device.type != "cpu":
+        with suppress(RuntimeError, NotImplementedError):  # MPS
+            torch.accelerator.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:

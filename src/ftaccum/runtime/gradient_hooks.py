@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .module_attributes import has_hooks
+
 
 def gradient_hooks(model: nn.Module) -> list[str]:
     """Return the names of the parameters with hooks that run after a gradient is accumulated."""
@@ -39,8 +41,11 @@ def _emptied(hooks: Iterable[MutableMapping[Any, Any] | None]) -> Iterator[None]
             each.update(kept)
 
 
-def has_hooks(model: nn.Module) -> bool:
+def sees_gradient(tensor: Tensor) -> bool:
+    """Return whether hooks see the gradient of a tensor."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def model_has_hooks(model: nn.Module) -> bool:
     """Return whether a module or a parameter has hooks, which may change the results of passes."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    on_modules = any(vars(module)[kind] for module in model.modules() for kind in kinds)
-    return on_modules or any(p._backward_hooks for p in model.parameters()) or bool(gradient_hooks(model))
+    return any(map(has_hooks, model.modules())) or any(map(sees_gradient, model.parameters()))

@@ -52,6 +52,11 @@ def free_on_host(proc: Path = Path("/proc/self")) -> int:
     return int(max(0, min(free)))
 
 
+def free_per_process() -> int:
+    """Return this process's share of the free bytes, if all processes of the launcher on this machine share equally."""
+    return free_on_host() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def peak_of_process() -> int:
     """Return the peak memory of this process so far, in bytes."""
     try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..planning.micro_batches import BatchLimits
+from .host import free_per_process
 
 T = TypeVar("T")
 
@@ -62,6 +63,11 @@ def free_on_device() -> int:
     """Return the free bytes of the current accelerator, with those that torch keeps for reuse."""
     reused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
     return torch.accelerator.get_memory_info()[0] + reused
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes that this process may use: of its device or, on a CPU, its share of the machine's."""
+    return free_per_process() if device.type == "cpu" else free_on_device()
 
 
 def give_back_memory() -> None:

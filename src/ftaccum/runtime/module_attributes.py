@@ -44,6 +44,11 @@ def has_hooks_on_gradients(module: nn.Module) -> bool:
     return any(vars(module)[name] for name in _HOOKS_ON_GRADIENTS)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before or after a module's forward pass, or in its backward pass."""
+    return has_hooks_before(module) or has_hooks_after(module) or has_hooks_on_gradients(module)
+
+
 class ModuleAttributes:
     """A snapshot of the plain attributes of modules, which are neither parameters nor buffers, of hooks and submodules.
 

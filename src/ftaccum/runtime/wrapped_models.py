@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SettingsError
 from .accelerator import REPLICATED
+from .fingerprint import fingerprint
 from .process_group import ProcessGroup
-from .state_guards import fingerprint
 
 DATA_PARALLEL = (
     "`model` runs in DataParallel, which averages over unequal parts of a micro-batch with equal weights. Launch one "

@@ -1,7 +1,5 @@
 """The search for the largest physical batch that fits in memory."""
 
-import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +13,8 @@ from ..errors import SettingsError
 from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.host import free_on_host
-from ..runtime.memory import free_on_device, give_back_memory, none_if_out_of_memory
+from ..runtime.host import peak_of_process
+from ..runtime.memory import free_memory, give_back_memory, none_if_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.sharding.tensors import local_part
 from ..runtime.state_guards import preserve_buffers, preserve_rng
@@ -134,9 +132,7 @@ class _MemoryBudget:
 
     def __init__(self, device: torch.device, set_aside: int) -> None:
         self._on_host = device.type == "cpu"
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-        free = free_on_host() / here if self._on_host else free_on_device()
-        self._free = _SHARE * free - set_aside
+        self._free = _SHARE * free_memory(device) - set_aside
         self._per_row = 0.0
         if self._on_host:
             _forget_peak()
@@ -163,7 +159,4 @@ def _peak() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_of_process()

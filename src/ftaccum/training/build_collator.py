@@ -94,7 +94,7 @@ def measure_documents(
         return Documents()
     if columns.sizes.get("labels", along_tokens) != along_tokens:
         return Documents(kept_apart=False, problem="it does not have one label per token")
-    few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
+    few = _few_labelled(labelled)
     documents = [document for row in rows.fetch(few) for document in _documents(row, columns)]
     as_documents, as_packed = copy.copy(padding), copy.copy(padding)
     as_documents.columns = as_packed.columns = columns = columns.without("attention_mask")
@@ -203,7 +203,7 @@ def packed_collator(
                 ]
             )
     packed = RowCollator(PackingCollator(ignore_index), forward.accepted)
-    few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
+    few = _few_labelled(labelled)
     off = difference_of_packing(components.model, forward, objective, padded(rows, few), packed(rows, few))
     if not off <= EXPLAINED:
         raise SettingsError(
@@ -214,3 +214,8 @@ def packed_collator(
             ]
         )
     return packed
+
+
+def _few_labelled(labelled: list[int]) -> list[int]:
+    """Return a few labelled rows, repeated if there are too few: a single row has no other row to attend to."""
+    return (labelled * _FEW)[:_FEW]

@@ -63,7 +63,7 @@ def _build_metrics(run: Run) -> Metrics | None:
 
 
 def build_generator(run: Run, ignore_index: int) -> Generator | None:
-    """Return what generates the texts of a run's model; None if it has no `generation_kwargs`.
+    """Return the text generator of a run; None without `generation_kwargs`.
 
     Args:
         ignore_index: the label of tokens that are no answer.

@@ -56,7 +56,7 @@ def find_ranges(
 
 
 @dataclass(frozen=True)
-class _Tried:
+class _Trial:
     """A row on which a forward pass was tried.
 
     Attributes:
@@ -70,7 +70,7 @@ class _Tried:
     outputs: Any
 
     @classmethod
-    def of(cls, forward: ModelForward, model: nn.Module, row: Batch) -> "_Tried":
+    def of(cls, forward: ModelForward, model: nn.Module, row: Batch) -> "_Trial":
         """Run a pass of a row, and restore what it changes in the model."""
         outputs: list[Any] = []
         with inspection_mode(model, *forward.modules), IndexGuard():
@@ -80,21 +80,21 @@ class _Tried:
 
 def _tried_rows(
     forward: ModelForward, model: nn.Module, rows: Rows, row_collator: RowCollator
-) -> tuple[list[Batch], list[_Tried]]:
+) -> tuple[list[Batch], list[_Trial]]:
     """Return a few short rows, and those of them that were tried, up to the first whose pass succeeds.
 
     A successful pass reaches the embeddings that its row uses. A failed one ends at a faulty number of its row, so
     another row follows.
     """
-    device, tried = next(model.parameters()).device, list[_Tried]()
+    device, tried = next(model.parameters()).device, list[_Trial]()
     cut, whole = _few_rows(forward, rows, row_collator)
     if cut:
         few = [fresh_batch(row, device) for row in cut]
-        if (first := _Tried.of(forward, model, few[0])).outputs is not None:
+        if (first := _Trial.of(forward, model, few[0])).outputs is not None:
             return few, [first]
     few = [fresh_batch(row, device) for row in whole()]
     for row in few:
-        tried.append(_Tried.of(forward, model, row))
+        tried.append(_Trial.of(forward, model, row))
         if tried[-1].outputs is not None:
             break
     return few, tried

@@ -7,10 +7,10 @@ from torch.optim import Optimizer, SparseAdam
 
 from ..errors import refuse
 from ..runtime.adapters import has_adapters
+from ..runtime.gradient_hooks import sees_gradient
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.optimizers import inner_optimizers
 from ..runtime.sharding.options import ShardingOptions
-from ..runtime.sharding.tensors import has_hooks
 from ..runtime.sharding.units import CallOrder
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
@@ -76,7 +76,7 @@ def _faults_of_model(model: nn.Module) -> list[str]:
             f"`model` has embedding tables with sparse gradients ({', '.join(tables)}), which FSDP2 does not support. "
             f"Create them with `sparse=False`, or {WHOLE}."
         )
-    hooked = [name for name, p in model.named_parameters() if p.ndim and has_hooks(p)]
+    hooked = [name for name, p in model.named_parameters() if p.ndim and sees_gradient(p)]
     if hooked:
         rest = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
         faults.append(

@@ -1,17 +1,15 @@
 """Checks of a loss over the window that need the sizes of the run: memory, and sharded weights that it reads."""
 
-import os
-
 import torch
 
 from ..errors import SettingsError, refuse
+from ..insight.format import format_bytes
 from ..objective.objective import Objective
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
-from ..runtime.host import free_on_host
-from ..runtime.memory import free_on_device
+from ..runtime.memory import free_memory
 from ..runtime.process_group import ProcessGroup
 from .build_sharding import WHOLE
 
@@ -27,15 +25,14 @@ def check_loss_memory(
     if isinstance(plan, Plan) and plan.remainder == "flush":  # no update goes beyond an epoch
         n_rows = min(n_rows, plan.n_rows)
     needed = memory.of(n_rows)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    free = process_group.min(int(free_on_host() / here if device.type == "cpu" else free_on_device()))
+    free = process_group.min(free_memory(device))
     assert free is not None, "each process has a number"
     if needed > free:
         raise SettingsError(
             [
-                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_size(needed)} of "
+                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {format_bytes(needed)} of "
                 f"memory: with `loss_over='window'`, it gets all rows of an update at once, and each process computes "
-                f"it. {_size(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
+                f"it. {format_bytes(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
             ]
         )
 
@@ -61,7 +58,3 @@ def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
             f"compiled graph, which shards do not have. Leave `compile` out{balance}, or {WHOLE}."
         )
     refuse(faults)
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

@@ -31,13 +31,13 @@ _ROWS_TOGETHER, _ROWS_SORTED = 64, 4096
 
 
 @dataclass
-class _Found:
-    """What this process has found on its batches.
+class _Totals:
+    """The losses and predictions of this process so far.
 
     Attributes:
         losses: the mean losses of all rows so far.
         predicted: the predictions of all rows so far.
-        passes: what the terms that read several rows together read of the current group.
+        passes: the values of the current group for the terms that read several rows together.
         n_rows: the number of rows of this process in the current group.
     """
 
@@ -110,12 +110,12 @@ class Evaluation:
             SettingsError: if what one of these returns cannot be used.
         """
         accelerator, metrics, window = self._accelerator, self._metrics, self._objective.window
-        found = _Found(WeightedMeans(self._objective.terms, accelerator.device))
+        totals = _Totals(WeightedMeans(self._objective.terms, accelerator.device))
 
         def evaluate(micro_batches: Callable[[], Iterable[MicroBatch]]) -> None:
             with independent_passes():
                 for micro in micro_batches():
-                    self._evaluate(model, micro, found)
+                    self._evaluate(model, micro, totals)
 
         both = nn.ModuleList([model, *self._objective.modules])  # a loss may have dropout, or state, too
         with torch.no_grad(), training_mode(both, training=False):
@@ -126,19 +126,19 @@ class Evaluation:
                 shares = self._loader.stream_shares(self._local_rows(self._groups))
                 for group in self._groups:
                     self._process_group.run_on_all(lambda: evaluate(lambda: next(shares)))
-                    self._compute(window, group, found)
-        (losses,) = gathered([found.losses], accelerator)
-        return losses.total(), {} if metrics is None else metrics.compute(found.predicted)
+                    self._compute(window, group, totals)
+        (losses,) = gathered([totals.losses], accelerator)
+        return losses.total(), {} if metrics is None else metrics.compute(totals.predicted)
 
-    def _compute(self, window: WindowTerms, group: RowIndices, found: _Found) -> None:
+    def _compute(self, window: WindowTerms, group: RowIndices, totals: _Totals) -> None:
         """Add the terms of a group after its last batch."""
-        passes, n_rows = found.passes, found.n_rows
-        found.passes, found.n_rows = [], 0
+        passes, n_rows = totals.passes, totals.n_rows
+        totals.passes, totals.n_rows = [], 0
         # A loss that draws random numbers draws the same in each evaluation.
         computed = window.compute(passes, self._process_group, (group[0],))
-        found.losses.add(computed.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
+        totals.losses.add(computed.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
 
-    def _evaluate(self, model: nn.Module, micro: MicroBatch, found: _Found) -> None:
+    def _evaluate(self, model: nn.Module, micro: MicroBatch, totals: _Totals) -> None:
         """Evaluate one batch or, if memory runs out, its two halves."""
         try:
             means, first, kept = self._forward(model, micro)
@@ -147,14 +147,14 @@ class Evaluation:
                 raise
         else:
             together = () if self._objective.window is None else self._objective.window.names
-            found.losses.add(means, {term: 0 if term in together else n for term, n in micro.counts.items()})
-            found.n_rows += len(micro.slice.rows)
-            found.passes += [first] if together else []
-            found.predicted += kept
+            totals.losses.add(means, {term: 0 if term in together else n for term, n in micro.counts.items()})
+            totals.n_rows += len(micro.slice.rows)
+            totals.passes += [first] if together else []
+            totals.predicted += kept
             return
         give_back_memory()
         for half in self._loader.halves(micro):
-            self._evaluate(model, half, found)
+            self._evaluate(model, half, totals)
 
     def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Means, CollectedValues, list[BatchPredictions]]:
         """Return the losses of one batch, what terms over several rows read of it, and its predictions for the metrics.

@@ -20,7 +20,7 @@ _ONE_SEQUENCE = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-# What a model's own config may set for sampling or beams, and the values without effect.
+# Settings for sampling or beams that a model's own config may have, and their values without effect.
 _OF_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "min_p": None, "top_h": None}
 _OF_SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 _OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}

@@ -89,7 +89,7 @@ class Generator:
         return self._continue_all(model, self._prompts(batch, inputs, rows, name_of), rows)
 
     def of_tokens(self, model: Any, starts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Return what the model generates from token ids: the prompts, or the inputs of the encoder.
+        """Return the tokens that the model generates from token ids: the prompts, or the inputs of the encoder.
 
         Args:
             starts: the token ids of each row, at least one, on the device of the model.

@@ -107,7 +107,7 @@ class TrainingLoop:
                 window, accumulated = self._accumulate(window, hooks.split)
                 self.in_update = True
                 self._read_ahead(windows)
-                result, non_finite = self.update(window, accumulated, hooks)
+                result, non_finite = self._update(window, accumulated, hooks)
                 self.in_update = False
                 if not hooks.after_update(result, non_finite):
                     return
@@ -123,7 +123,7 @@ class TrainingLoop:
             if not is_idle(self._accelerator.device):  # it did not wait for rows
                 self._timer.count_as("passes")
 
-    def update(
+    def _update(
         self, window: LocalWindow, accumulated: AccumulatedWindow, hooks: LoopHooks
     ) -> tuple[StepResult, NonFiniteUpdate | None]:
         """Clip the gradient, step the optimizer and the schedule, and drop the gradients.
@@ -165,9 +165,13 @@ class TrainingLoop:
             peak_memory=peak_memory(self._accelerator.device),
             noise=gradient.noise,
         )
+        return result, self._non_finite(window, gradient)
+
+    def _non_finite(self, window: LocalWindow, gradient: ClippedGradient) -> NonFiniteUpdate | None:
+        """Return a description of an update whose loss or gradient is not finite; None if both are."""
         if gradient.is_finite:
-            return result, None
-        return result, NonFiniteUpdate(
+            return None
+        return NonFiniteUpdate(
             update=window.window.index + 1,
             grad_norm=gradient.norm,
             loss=sum(gradient.losses),
@@ -191,8 +195,15 @@ class TrainingLoop:
         in_loss, any_drifted, *moved = self._process_group.any_of([bool(suspects), has_drifted, *numbers.moved_buffers])
         if any_drifted:
             self._abandon(accumulated, numbers.drift)
-        norm_and_items = numbers.grad_norm, numbers.n_items
-        return ClippedGradient(*norm_and_items, numbers.losses, suspects, in_loss, moved, numbers.noise)
+        return ClippedGradient(
+            norm=numbers.grad_norm,
+            n_items=numbers.n_items,
+            losses=numbers.losses,
+            suspects=suspects,
+            of_loss=in_loss,
+            moved_buffers=moved,
+            noise=numbers.noise,
+        )
 
     def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
         """Restore the state before a window whose two passes differ, and raise PassesDifferError."""

@@ -35,7 +35,7 @@ def validation_data(config: RunConfig) -> Sequence[Named]:
 
 
 def describe_subject(config: RunConfig, n_rows: int | None, *, is_synthetic: bool) -> str:
-    """Return what a run trains as a short text.
+    """Return the model and the data of a run as a short text.
 
     Args:
         config: the configuration of the run.

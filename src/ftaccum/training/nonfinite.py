@@ -74,8 +74,8 @@ class NonFiniteCounts:
         vars(self).update(state_dict | {"ended": "", "in_a_row": 0 if state_dict["ended"] else state_dict["in_a_row"]})
 
     def is_sound(self) -> bool:
-        """Return whether the weights are above suspicion. They may be at fault if several updates are not finite."""
-        return self.in_a_row <= bool(self.ended)
+        """Return whether to trust the weights: the last update was finite, or the first that was not ended the run."""
+        return self.in_a_row == 0 or (bool(self.ended) and self.in_a_row == 1)
 
     def one_more(self, fault: NonFiniteUpdate) -> int:
         """Count an update, and return its number among those of its kind (faults or overflows), from 1."""
@@ -88,7 +88,7 @@ class NonFiniteCounts:
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _Findings:
     """The findings of one process, or of all of them together. Rows are given by position.
 
     Attributes:
@@ -107,13 +107,13 @@ class _Looked:
     throughout: bool
 
     @classmethod
-    def of_all(cls, looked: Sequence["_Looked"]) -> "_Looked":
+    def of_all(cls, findings: Sequence["_Findings"]) -> "_Findings":
         return cls(
-            loss=sum(each.loss for each in looked),
-            found=dict(sorted(pair for each in looked for pair in each.found.items())),
-            n_tried=sum(each.n_tried for each in looked),
-            together=max((each.together for each in looked), key=len),
-            throughout=all(each.throughout for each in looked),
+            loss=sum(each.loss for each in findings),
+            found=dict(sorted(pair for each in findings for pair in each.found.items())),
+            n_tried=sum(each.n_tried for each in findings),
+            together=max((each.together for each in findings), key=len),
+            throughout=all(each.throughout for each in findings),
         )
 
     @property
@@ -176,11 +176,11 @@ class NonFiniteHandler:
                 f"{fault.scale:.10g}.{_fewer(nth)}"
             )
             return
-        looked = self._look(fault)
-        message = f"Update {fault.update} is skipped: {self._describe(fault, looked)}"
+        findings = self._look(fault)
+        message = f"Update {fault.update} is skipped: {self._describe(fault, findings)}"
         if ended_by is not None:
-            rows = tuple(self._loader.name_of(row) for row in looked.found)
-            self.counts.ended = f"{message} {ended_by} {_remedy(fault, looked)}"
+            rows = tuple(self._loader.name_of(row) for row in findings.found)
+            self.counts.ended = f"{message} {ended_by} {_remedy(fault, findings)}"
             raise DivergedError(self.counts.ended, fault.update, rows)
         logger.warning(message + _fewer(nth))
 
@@ -194,7 +194,7 @@ class NonFiniteHandler:
             )
         return None
 
-    def _look(self, fault: NonFiniteUpdate) -> _Looked:
+    def _look(self, fault: NonFiniteUpdate) -> _Findings:
         """Run suspect rows separately on each process, and return the findings of all processes."""
         own = [
             micro for micro in fault.suspects if not micro.is_dummy
@@ -211,8 +211,8 @@ class NonFiniteHandler:
                 if len(found) == _NAMED:
                     break
         together = own[0].slice.rows if own else ()
-        mine = _Looked(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
-        return _Looked.of_all(self._process_group.gather(mine))
+        mine = _Findings(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
+        return _Findings.of_all(self._process_group.gather(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
         """Return the loss of one row, run separately, or for a loss over the window a number that it reads of the row;
@@ -224,26 +224,26 @@ class NonFiniteHandler:
         except Exception:  # the model may reject a single row, or this one, which must not end the run
             return None
 
-    def _describe(self, fault: NonFiniteUpdate, looked: _Looked) -> str:
+    def _describe(self, fault: NonFiniteUpdate, findings: _Findings) -> str:
         if not fault.of_loss:
             return (
-                f"the norm of its gradient is {fault.grad_norm}, but its loss, {looked.loss:.4g}, is finite. The fault "
-                "is in the backward pass, so no row can be named."
+                f"the norm of its gradient is {fault.grad_norm}, but its loss, {findings.loss:.4g}, is finite. The "
+                "fault is in the backward pass, so no row can be named."
             )
-        if not looked.found and self._objective.is_over_window:
-            return f"its loss is {looked.loss}, although all that it reads is finite. The fault is in `loss_fn`."
-        if not looked.found:
-            rows = [self._loader.name_of(row) for row in looked.together]
+        if not findings.found and self._objective.is_over_window:
+            return f"its loss is {findings.loss}, although all that it reads is finite. The fault is in `loss_fn`."
+        if not findings.found:
+            rows = [self._loader.name_of(row) for row in findings.together]
             of_pass = f" A micro-batch whose loss was not finite contains {_listed(rows)}." if rows else ""
-            return f"its loss is {looked.loss}, but no row has a non-finite loss when run separately.{of_pass}"
-        rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
+            return f"its loss is {findings.loss}, but no row has a non-finite loss when run separately.{of_pass}"
+        rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in findings.found.items()]
         every = (
             " These are all the rows that were run, so the weights may not be finite."
-            if looked.blames_the_model
+            if findings.blames_the_model
             else ""
         )
         kind = "with a number among the inputs of the loss that" if self._objective.is_over_window else "whose own loss"
-        return f"its loss is {looked.loss}. Rows {kind} is not finite: {_listed(rows)}.{every}"
+        return f"its loss is {findings.loss}. Rows {kind} is not finite: {_listed(rows)}.{every}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -256,8 +256,8 @@ def _fewer(nth: int) -> str:
     return " From now on, only the 16th, the 32nd and so on are reported." if nth == _ALL_REPORTED else ""
 
 
-def _remedy(fault: NonFiniteUpdate, looked: _Looked) -> str:
-    if looked.found and not looked.blames_the_model:
+def _remedy(fault: NonFiniteUpdate, findings: _Findings) -> str:
+    if findings.found and not findings.blames_the_model:
         return "Fix or drop these rows."
     bf16 = "" if fault.scale is None else ", or use `mixed_precision='bf16'`, which does not overflow as fp16 does"
     return f"{_CALM}{bf16}."

@@ -76,7 +76,7 @@ class PredictionRun(Run):
         return join([each.predictions for each in gathered], [each.rows for each in gathered])
 
     def default_predict(self) -> Predict:
-        """Return what generates texts, if there are `generation_kwargs`, or else what returns the model's outputs."""
+        """Return a function that generates texts, or one that returns outputs if there are no `generation_kwargs`."""
         generator = build_generator(self, IGNORE_INDEX)
         if generator is None:
             return lambda model, batch, _: self.outputs_of(model, batch)

@@ -1,4 +1,4 @@
-"""What can be checked of a run's settings before its model and data are loaded, which may take minutes."""
+"""Checks of a run's settings that need neither its model nor its data, which may take minutes to load."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..data.loader import LocalRows, MicroBatch
-from ..insight.format import format_duration
+from ..insight.format import format_bytes, format_duration
 from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
+from ..runtime.device_state import finish_work, forget_peak_memory, peak_memory
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_wrapper import model_to_save
@@ -23,7 +24,6 @@ from .build_plan import describe_cut
 _TIMED = 8  # micro-batches to time
 _ADAM_STATES = 2  # numbers that Adam keeps for each trainable weight
 _LONGEST = 48  # tokens to show of each end of a row
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class PreviewRun(Run):
@@ -49,60 +49,59 @@ class PreviewRun(Run):
         loader = self.data.train
         piece = MicroBatchRows((position,), places=(0,))
         (micro,) = loader.stream([LocalRows((position,), [piece], (0,))])
-        batch = micro.batch if isinstance(micro.batch, dict) or hasattr(micro.batch, "items") else {}
+        batch = micro.batch if hasattr(micro.batch, "items") else {}
         by_term = len(micro.counts) > 1
         items = ", ".join(f"{count:g} of {term}" if by_term else f"{count:g}" for term, count in micro.counts.items())
         yield f"--- {loader.name_of(position)}: {micro.tokens or 'no'} tokens, loss items: {items}"
         tokenizer = self.config.components.tokenizer
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                yield f"  {name} {tuple(value.shape[1:])}: {self._shown(name, value[0], batch, tokenizer)}"
+                yield f"  {name} {tuple(value.shape[1:])}: {self._shown(name, value[0], tokenizer)}"
 
-    def _shown(self, name: str, value: Tensor, batch: Any, tokenizer: Any) -> str:
+    def _shown(self, name: str, value: Tensor, tokenizer: Any) -> str:
         """Return a column of a row: token ids as text, labels of tokens with the tokens that they belong to."""
         decodes = hasattr(tokenizer, "convert_ids_to_tokens")
-        ids = batch.get("input_ids")
         if name == "input_ids" and value.ndim == 1 and decodes:
             return _cut(tokenizer.convert_ids_to_tokens(value.tolist()))
         if name == "labels" and not value.is_floating_point():
-            return self._labels(value, None if ids is None else ids[0], tokenizer if decodes else None)
+            return self._labels(value, tokenizer if decodes else None)
         if value.numel() > 1 and value.min() == value.max():
             return f"all {value.flatten()[0].item():g}"
         return _cut([f"{number:g}" for number in value.flatten()[: 2 * _LONGEST + 1].tolist()])
 
-    def _labels(self, labels: Tensor, ids: Tensor | None, tokenizer: Any) -> str:
+    def _labels(self, labels: Tensor, tokenizer: Any) -> str:
         """Return labels by name. `·` stands for a label that the loss ignores."""
         ignored, names = self.data.ignore_index, getattr(self.model.config, "id2label", None) or {}
         if labels.ndim != 1:
             return names.get(int(labels), str(labels.tolist())) if labels.ndim == 0 else _cut(labels.tolist())
         vocabulary = getattr(self.model.config, "vocab_size", 0) or 0
-        predicts_tokens = tokenizer is not None and len(names) < vocabulary and self._predicts_tokens(labels, ids)
-        if predicts_tokens:
+        if tokenizer is not None and len(names) < vocabulary and self._predicts_tokens():
             words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist())
         else:
             words = [names.get(n, str(n)) for n in labels.tolist()]
         return _cut(["·" if n == ignored else word for n, word in zip(labels.tolist(), words, strict=True)])
 
-    def _predicts_tokens(self, labels: Tensor, ids: Tensor | None) -> bool:
-        """Return whether labels are token ids: those of a language model, or of a decoder."""
-        has_output = getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
-        return has_output and (ids is not None or labels.ndim == 1)
+    def _predicts_tokens(self) -> bool:
+        """Return whether the model is a language model or has a decoder, so that labels are token ids."""
+        return getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
 
     def _costs(self) -> list[str]:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         states = trained * (1 + _ADAM_STATES)
-        lines = [f"Memory: {_size(weights)} of weights, {_size(states)} of gradients and AdamW states, and activations"]
+        lines = [
+            f"Memory: {format_bytes(weights)} of weights, {format_bytes(states)} of gradients and AdamW states, and "
+            "activations"
+        ]
         with preserve_gradients(self.model):
             return lines + self._timed()
 
     def _timed(self) -> list[str]:
         """Return lines on the time of an update, from some of its forward and backward passes."""
-        window = next(iter(self.plan.windows(0)))
+        device, window = self.accelerator.device, next(iter(self.plan.windows(0)))
         slices = self.data.train.cut(window.rows, self.planner)[self.accelerator.process_index]
         (micros,) = self.data.train.load([LocalRows(window.rows, slices, (0,))])
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory(device)
         try:
             longest = self._longest_rows(max(len(micro.slice.rows) for micro in micros))
             seconds = [self._pass(micro) for micro in [longest, *micros[:_TIMED]]][1:]
@@ -111,8 +110,8 @@ class PreviewRun(Run):
                 raise
             return ["A forward and backward pass of the longest rows does not fit in memory. Lower `batch_size`."]
         lines = []
-        if self.accelerator.device.type == "cuda":
-            lines.append(f"Peak memory of a pass of the longest rows: {_size(torch.cuda.max_memory_allocated())}")
+        if device.type != "cpu" and (peak := peak_memory(device)):
+            lines.append(f"Peak memory of a pass of the longest rows: {format_bytes(peak)}")
         each = sum(seconds) / len(seconds)
         update = each * len(micros)
         return [
@@ -130,14 +129,15 @@ class PreviewRun(Run):
 
     def _pass(self, micro: MicroBatch) -> float:
         """Return the time in seconds of one forward and backward pass."""
+        device = self.accelerator.device
+        finish_work(device)
         started = time.perf_counter()
-        batch = fresh_batch(micro.batch, self.accelerator.device)
+        batch = fresh_batch(micro.batch, device)
         with self.accelerator.autocast():
             means, _ = self.data.objective.means(self.model, batch, micro.counts, micro.terms, micro.names)
-        sum(means.values(), torch.zeros((), device=self.accelerator.device)).backward()
+        sum(means.values(), torch.zeros((), device=device)).backward()
         self.model.zero_grad(set_to_none=True)
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish_work(device)
         return time.perf_counter() - started
 
 
@@ -147,10 +147,3 @@ def _cut(words: Sequence[Any]) -> str:
     if len(shown) > 2 * _LONGEST:
         shown = [*shown[:_LONGEST], f"… ({len(shown) - 2 * _LONGEST} more) …", *shown[-_LONGEST:]]
     return " ".join(shown)
-
-
-def _size(n_bytes: float) -> str:
-    power = 0
-    while n_bytes >= 1000 and power < len(_UNITS) - 1:
-        n_bytes, power = n_bytes / 1000, power + 1
-    return f"{n_bytes:.3g} {_UNITS[power]}"

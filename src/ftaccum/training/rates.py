@@ -105,10 +105,13 @@ class OptimizerSummary:
     betas: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        own = "its own at each step (no schedule)"
-        rates = own if self.learning_rates is None else _listed(self.learning_rates)
         decay = f", weight decay {_listed(self.weight_decays)}" if self.weight_decays else ""
-        return f"{self.kind}, learning rate {rates}{decay}"
+        return f"{self.kind}, learning rate {self._rates}{decay}"
+
+    @property
+    def _rates(self) -> str:
+        """The peak learning rates, for people."""
+        return "its own at each step (no schedule)" if self.learning_rates is None else _listed(self.learning_rates)
 
     def describe_kind(self) -> str:
         """Return the kind and the betas."""
@@ -122,10 +125,9 @@ class OptimizerSummary:
         """
         positive = [decay for decay in self.weight_decays if decay] if exempts else self.weight_decays
         rest = ", 0 for biases and norms" if exempts and len(positive) < len(self.weight_decays) else ""
-        own = "its own at each step (no schedule)"
         return {
             "Optimizer": self.describe_kind(),
-            "Peak learning rate": own if self.learning_rates is None else _listed(self.learning_rates),
+            "Peak learning rate": self._rates,
             **(
                 {"Weight decay": f"{_listed(positive or [0.0])}{rest if positive else ''}"}
                 if self.weight_decays

@@ -80,7 +80,7 @@ class CallbackArguments(TrainingArguments):
             **_evaluation(recipe, evaluates=evaluates),
             **_saving(runtime),
         )
-        # What the base class looks up when a device or a number of processes is asked for.
+        # The base class looks these up when a device or a number of processes is asked for.
         arguments.__dict__["_setup_devices"] = accelerator.device
         names = ("device", "distributed_type", "num_processes", "process_index", "local_process_index")
         arguments.distributed_state = SimpleNamespace(**{name: getattr(accelerator, name) for name in names})

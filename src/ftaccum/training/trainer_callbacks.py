@@ -42,7 +42,7 @@ def fault_of_callbacks(callbacks: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Requests:
-    """What callbacks of any process have requested since the last update."""
+    """The requests of the callbacks on all processes since the last update."""
 
     log: bool = False
     evaluate: bool = False
@@ -187,7 +187,7 @@ class CallbackHandler:
         self._set_best(best, criterion)
 
     def settle(self) -> Requests:
-        """Return what callbacks of any process have requested. All processes must call this together, between updates.
+        """Return the requests of the callbacks on all processes, which must call this together, between updates.
 
         Raises:
             CallbackError: on all processes, if a callback of one of them has raised an error.

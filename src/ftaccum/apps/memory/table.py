@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import SettingsError
+from ...insight.format import format_bytes
 from .estimate import MemoryEstimate, MemorySetup, estimate_memory, kept_of_blocks
 from .meta_model import model_without_weights
 from .optimizer_states import NOTES
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 _LABELS = {
     "weights": "weights",
     "buffers": "buffers",
@@ -70,9 +70,9 @@ def _rows(columns: dict[str, MemoryEstimate]) -> list[str]:
     for name, label in _LABELS.items():
         numbers = [getattr(estimate, name) for estimate in columns.values()]
         if any(number != 0 for number in numbers):
-            shown = ["unknown" if n is None else "–" if n == 0 else size(n) for n in numbers]
+            shown = ["unknown" if n is None else "–" if n == 0 else format_bytes(n) for n in numbers]
             lines.append(_line(label, shown, widths, first))
-    return [*lines, _line("total", [size(estimate.total) for estimate in columns.values()], widths, first)]
+    return [*lines, _line("total", [format_bytes(estimate.total) for estimate in columns.values()], widths, first)]
 
 
 def _line(label: str, cells: Sequence[str], widths: Sequence[int], first: int) -> str:
@@ -91,12 +91,3 @@ def _notes(model: Any, setup: MemorySetup) -> list[str]:
         notes.append(NOTES[setup.optimizer])
     notes.append("Not counted: the device's own context (about 0.5 to 1 GB) and memory lost to fragmentation.")
     return notes
-
-
-def size(n_bytes: float) -> str:
-    """Return a number of bytes with a unit, such as 1.25 GB (10⁹ bytes)."""
-    for unit in _UNITS:
-        if n_bytes < 1000 or unit == _UNITS[-1]:
-            break
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} {unit}"

@@ -1,6 +1,5 @@
 """The precision of a measurement, and the errors that rounding may cause in it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
 from ...objective.rounding import Rounding
-from ...runtime.host import free_on_host
+from ...runtime.host import free_per_process
 from ...runtime.state_guards import cast_tensors
 
 # Bytes per weight to compare gradients in float64: a copy, one batch's gradient, the accumulated sum and its next term.
@@ -63,9 +62,8 @@ def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:
     """Return whether a host is likely to have enough memory: running out kills the process without an error."""
     if dtype is None or next(model.parameters()).device.type != "cpu":
         return True
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
     needed = _PER_WEIGHT * sum(p.numel() for p in model.parameters()) * dtype.itemsize // torch.float64.itemsize
-    return needed < free_on_host() / here
+    return needed < free_per_process()
 
 
 def shown(error: Exception) -> str:

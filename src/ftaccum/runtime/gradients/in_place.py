@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..gradient_hooks import sees_gradient
 from ..model_context import is_compiled
-from .sparse import has_hooks
 
 # Smallest weight, in bytes, whose gradients are added in place. glibc maps each allocation of this size anew, and
 # mapping the pages costs more than the addition.
@@ -54,7 +54,7 @@ def _can_add(layer: nn.Linear) -> bool:
     weight = layer._parameters.get("weight")  # a pruned or normalised layer computes its weight
     if weight is None or weight.is_complex() or "forward" in vars(layer):
         return False
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and not has_hooks(weight)
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and not sees_gradient(weight)
 
 
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor:  # the name in `forward`
@@ -95,7 +95,7 @@ def _added(ctx: Any, weight: nn.Parameter, rows_RO: Tensor, rows_RI: Tensor) -> 
     """Add the gradient of a weight to the sum in `weight.grad`, or return it if autograd has to."""
     total = weight.grad
     has_sum = total is not None and total.layout is torch.strided and total.dtype == rows_RI.dtype
-    is_plain = has_sum and not torch.is_grad_enabled() and not has_hooks(weight)  # a pass may register hooks
+    is_plain = has_sum and not torch.is_grad_enabled() and not sees_gradient(weight)  # a pass may register hooks
     if not is_plain or not _accumulates(ctx.next_functions[1][0]):
         return rows_RO.t() @ rows_RI
     assert total is not None

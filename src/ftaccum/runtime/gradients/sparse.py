@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..gradient_hooks import sees_gradient
 from ..model_context import is_compiled
 
 
@@ -72,9 +73,4 @@ def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
         return False
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
     # Hooks expect a dense gradient.
-    return trained and weight.device.type == "cpu" and not (has_hooks(weight) or table.scale_grad_by_freq)
-
-
-def has_hooks(weight: Tensor) -> bool:
-    """Return whether hooks see the gradients of a weight."""
-    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
+    return trained and weight.device.type == "cpu" and not (sees_gradient(weight) or table.scale_grad_by_freq)

@@ -18,7 +18,7 @@ class LazyError(RuntimeError):
 
 @dataclass
 class Frame:
-    """What the values of one forward pass share.
+    """The context of one forward pass, which its values share: its rows, its device and its autograd settings.
 
     Attributes:
         n_rows, length: the number of rows, and of positions in each.
@@ -75,9 +75,9 @@ class Value:
         """
         self.frame, self.dim, self.n_weights = frame, dim, 0
         self._compute, self._draws = compute, draws
-        self._operands = [_Kept(operand) for operand in operands]
-        self._whole: _Kept | None = None
-        self._read: dict[Selection, _Kept] = {}
+        self._operands = [_GuardedTensor(operand) for operand in operands]
+        self._whole: _GuardedTensor | None = None
+        self._read: dict[Selection, _GuardedTensor] = {}
         self.like = compute(NOTHING)
         shape = list(self.like.shape)
         if shape[0] != frame.n_rows or shape[dim] != 0:
@@ -119,7 +119,7 @@ class Value:
             operand.unchanged()
         was_partial = self.is_partial
         with self.frame.settings():
-            value = _Kept(self._compute(selection))
+            value = _GuardedTensor(self._compute(selection))
         if selection is EVERYTHING:
             self._whole = value
         else:
@@ -128,7 +128,7 @@ class Value:
         return value.tensor
 
 
-class _Kept:
+class _GuardedTensor:
     """A tensor that must not change in place."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,6 +1,5 @@
 """Shard a model over the processes, block by block."""
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from ...errors import SettingsError
-from ..host import free_on_host
+from ..host import free_per_process
 from ..process_group import ProcessGroup
 from .options import ShardingOptions
 
@@ -29,7 +28,7 @@ def fits_whole(model: nn.Module, device: torch.device, process_group: ProcessGro
     needed = _COPIES * sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     if not process_group.any(needed >= torch.accelerator.get_memory_info(device)[0]):
         return True
-    on_host = free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_host = free_per_process()
     if process_group.any(needed > on_host):
         raise SettingsError(
             [

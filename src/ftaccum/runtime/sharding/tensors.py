@@ -1,7 +1,5 @@
 """Tensors that are sharded over the processes, and those that are not."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -25,9 +23,3 @@ def local_part(tensor: Tensor) -> Tensor:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from all processes, which must call this together; the same one if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Return whether hooks wait for the gradient of a tensor."""
-    state: Any = tensor
-    return bool(state._backward_hooks or state._post_accumulate_grad_hooks)
