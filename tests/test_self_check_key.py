@@ -186,3 +186,11 @@ def test_edits_of_other_files_of_a_package_change_the_key(key: Any, tmp_path: Pa
         keys.append(key(model=importlib.import_module("of_two_files").Model(2, 2)))
     assert keys[0] == keys[1] != keys[2]
     assert None not in keys
+
+
+def test_packages_that_are_imported_later_are_known_by_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = self_check_key._folders_of_versions()
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    self_check_key._folders_of_versions.cache_clear()
+    assert self_check_key._folders_of_versions() == found
+    assert str(Path(self_check_key.__file__).parents[1]) in found

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -242,8 +243,8 @@ def _library_folders() -> tuple[str, ...]:
 @functools.cache
 def _folders_of_versions() -> tuple[str, ...]:
     """Return the packages whose versions are part of the key, so that functions of theirs need not be followed."""
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
-    return tuple(str(Path(path).parent) for path in files if path)
+    specs = (find_spec(name) for name in _PACKAGES)  # also of packages that are imported later
+    return tuple(str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin)
 
 
 def _of_sample(sample: Sample) -> list[Any]:
