@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
 from ..runtime.module_attributes import has_hooks_after, preserve_attributes
@@ -135,8 +136,7 @@ class _Comparison:
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     return "memory ran out during the comparison"
-                first_line = next(iter(str(error).splitlines()), type(error).__name__)
-                return f"the model fails with labelled positions only: {first_line.rstrip('.')}"
+                return f"the model fails with labelled positions only: {first_line(error)}"
             finally:
                 self._forward.labelled_head = None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
 from ..runtime.process_group import of_main_process
@@ -67,8 +68,7 @@ class _Comparison:
             except Exception as error:  # a model may use its hidden states in ways that lazy ones do not support
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     return "memory ran out during the comparison", 0
-                first_line = next(iter(str(error).splitlines()), type(error).__name__)
-                return f"the model fails with a lazy last layer: {first_line.rstrip('.')}", 0
+                return f"the model fails with a lazy last layer: {first_line(error)}", 0
 
     def _compared(self, batch: Batch, layers: Sequence[nn.Module]) -> tuple[str | None, int]:
         with _called(layers) as called:
