@@ -166,7 +166,7 @@ def confirm_in_float64(
         with float64_weights(*modules) as convert:
             return compare(convert)
     except Exception as error:  # a module may need its own type
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             give_back_memory()
         return found
 

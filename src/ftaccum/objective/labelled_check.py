@@ -134,7 +134,7 @@ class _Comparison:
             try:
                 return self._of_losses() or self._of_gradient()
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                if is_out_of_memory(error):
                     return "memory ran out during the comparison"
                 return f"the model fails with labelled positions only: {first_line(error)}"
             finally:

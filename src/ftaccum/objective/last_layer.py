@@ -73,7 +73,7 @@ class LastLayer:
             for each in passes:
                 each.close()
         except Exception as error:
-            if isinstance(error, LazyError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            if isinstance(error, LazyError) or is_out_of_memory(error):
                 raise
             raise LazyError(f"{type(error).__name__}: {error}") from error
         finally:

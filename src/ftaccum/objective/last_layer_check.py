@@ -66,7 +66,7 @@ class _Comparison:
             try:
                 return self._compared(prepared(self._sample.together), layers)
             except Exception as error:  # a model may use its hidden states in ways that lazy ones do not support
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                if is_out_of_memory(error):
                     return "memory ran out during the comparison", 0
                 return f"the model fails with a lazy last layer: {first_line(error)}", 0
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.memory import give_back_memory, none_if_out_of_memory
 from ..runtime.state_guards import preserve_buffers
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, GradientDifference
@@ -138,10 +138,7 @@ class TrainMode:
 
 def _if_memory_allows(run: Callable[[], T]) -> T | None:
     """Return the result of passes with gradients; None if memory runs out."""
-    try:
-        return run()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    give_back_memory()  # a few long rows may need more than a micro-batch
-    return None
+    found = none_if_out_of_memory(run)
+    if found is None:
+        give_back_memory()  # a few long rows may need more than a micro-batch
+    return found
