@@ -48,10 +48,6 @@ class RouterTotals:
             self.n_tokens + other.n_tokens,
         )
 
-    def detached(self) -> "RouterTotals":
-        """Return the same numbers without gradient."""
-        return RouterTotals(self.choices_E, self.probabilities_E.detach(), self.n_tokens)
-
     def stacked(self) -> Tensor:
         """Return all numbers as one tensor of shape (2E + 1,) without gradient, to sum over processes."""
         return torch.cat([self.choices_E, self.probabilities_E.detach(), self.n_tokens.reshape(1)])
