@@ -80,7 +80,7 @@ class LastLayer:
             for handle in handles:
                 handle.remove()
 
-    def note_failed_pass(self, error: Exception) -> None:
+    def log_failed_pass(self, error: Exception) -> None:
         """Log that a window is repeated with the whole layer, and warn if that is not rare."""
         self._n_failed += 1
         logger.debug(f"The last layer is computed at all positions in one window: {error}.")

@@ -75,13 +75,13 @@ class Objective:
         finally:
             self._forward.is_lazy = before
 
-    def note_failed_lazy_pass(self, error: Exception) -> None:
+    def log_failed_lazy_pass(self, error: Exception) -> None:
         """Log that a window is repeated with the whole last layer."""
         if self._forward.last_layer is not None:
-            self._forward.last_layer.note_failed_pass(error)
+            self._forward.last_layer.log_failed_pass(error)
 
     @property
-    def takes_short_ways(self) -> bool:
+    def computes_fewer_positions(self) -> bool:
         """Whether passes of training compute fewer positions than the model itself, and so round differently."""
         return self._forward.labelled_head is not None or self._forward.last_layer is not None
 
