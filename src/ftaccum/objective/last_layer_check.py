@@ -1,8 +1,7 @@
 """Find out before training whether the last layer can be computed only at the positions that are read."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,7 @@ from ..runtime.temporary_attribute import temporary_attribute
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
-from .gradient_check import GradientCheck, GradientDifference, confirm_in_float64, difference_of
-from .gradient_sketch import GradientSketch
+from .gradient_check import GradientCheck, GradientDifference, JointGradient, confirm_in_float64, difference_of
 from .item_counts import Batch, targets_of
 from .last_layer import LastLayer, can_be_lazy
 from .objective import Objective
@@ -91,15 +89,15 @@ class _Comparison:
             return "the model sets the state of random numbers", place
         return self._difference(batch, last_layer, own, found), place
 
-    def _difference(self, batch: Batch, last_layer: LastLayer, own: "_Pass", found: "_Pass") -> str | None:
+    def _difference(self, batch: Batch, last_layer: LastLayer, own: JointGradient, found: JointGradient) -> str | None:
         tolerance = self._objective.report.tolerance
         terms = {*own.losses, *found.losses}
         off = max(relative(found.losses.get(term, 0.0), own.losses.get(term, 0.0)) for term in terms)
         if off > tolerance:
             return f"the loss differs by {off:.1e}"
 
-        def compare(own: "_Pass", found: "_Pass") -> GradientDifference:
-            return difference_of(own.gradient, found.gradient, None, _GRADIENT * tolerance)
+        def compare(own: JointGradient, found: JointGradient) -> GradientDifference:
+            return difference_of(own.sketch, found.sketch, None, _GRADIENT * tolerance)
 
         def in_float64(convert: Callable[[Batch], Batch]) -> GradientDifference:
             own = self._losses_and_gradient(convert(batch))
@@ -109,18 +107,10 @@ class _Comparison:
         difference = confirm_in_float64(compare(own, found), in_float64, self._model, *self._forward.modules)
         return f"the gradient differs by {difference.off:.1e}" if difference.off else None
 
-    def _losses_and_gradient(self, batch: Batch) -> "_Pass":
-        losses: dict[str, float] = {}
-
-        def means(batch: Batch) -> dict[str, Tensor]:
-            found = self._means(batch)
-            losses.update({term: mean.item() for term, mean in found.items()})
-            return found
-
+    def _losses_and_gradient(self, batch: Batch) -> JointGradient:
         counts = {term: partial(self._count, term) for term in self._objective.terms}
         with self._mode.passes():
-            gradient = GradientCheck(self._model, means, counts, self._forward.modules).together(batch)
-        return _Pass(losses, gradient)
+            return GradientCheck(self._model, self._means, counts, self._forward.modules).with_losses(batch)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         given = fresh_batch(batch, next(self._model.parameters()).device)
@@ -128,14 +118,6 @@ class _Comparison:
 
     def _count(self, term: str, batch: Batch) -> float:
         return self._objective.count(batch)[term]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The losses of a batch by term, and the sketch of its gradient."""
-
-    losses: Mapping[str, float]
-    gradient: GradientSketch
 
 
 def _has_label_per_token(batch: Batch) -> bool:
