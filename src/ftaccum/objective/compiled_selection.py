@@ -22,7 +22,9 @@ _MULTIPLE = 8  # of positions: sizes of 0 and 1 would have graphs of their own
 
 
 class _HookState:
-    """What the hooks read and write in the current forward pass, one at a time: they find it in a global variable.
+    """The state of the current forward pass, which the hooks share through a global variable.
+
+    Only one pass runs at a time.
 
     Attributes:
         labels: of shape (B, L).

@@ -1,4 +1,4 @@
-"""What the check before training finds out about a loss over the window."""
+"""The findings of the check before training about a loss over the window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
