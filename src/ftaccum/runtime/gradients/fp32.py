@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer, SparseAdam
 
 from ...errors import SettingsError
-from ..optimizers import inner_optimizers, place_state
+from ..optimizers import inner_optimizers, parameters_of, place_state
 from ..process_group import ProcessGroup
 from ..sharding.tensors import local_part
 from .averaged import average_gradients, dense_zeros
-from .plain import GradientStrategy, parameters_of
+from .plain import GradientStrategy
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
