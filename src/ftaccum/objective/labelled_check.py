@@ -13,7 +13,7 @@ from ..runtime.model_context import is_compiled
 from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
@@ -198,7 +198,7 @@ class _Comparison:
         return self._run(batch, needs)[0]
 
     def _run(self, batch: Batch, needs: NeededLogits) -> tuple[dict[str, Tensor], Any]:
-        given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
+        given = self._prepared(fresh_batch_for(self._model, batch))
         return self._forward(self._model, given, self._objective.count(batch), needs)
 
 

@@ -14,7 +14,7 @@ from ..runtime.model_context import is_compiled
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, training_mode
 from ..runtime.temporary_attribute import temporary_attribute
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .gradient_check import GradientCheck, GradientDifference, JointGradient, confirm_in_float64, difference_of
@@ -113,7 +113,7 @@ class _Comparison:
             return GradientCheck(self._model, self._means, counts, self._forward.modules).with_losses(batch)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
-        given = fresh_batch(batch, next(self._model.parameters()).device)
+        given = fresh_batch_for(self._model, batch)
         return self._forward(self._model, given, self._objective.count(batch))[0]
 
     def _count(self, term: str, batch: Batch) -> float:
