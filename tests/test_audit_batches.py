@@ -117,7 +117,7 @@ def test_a_single_row_has_no_other_cut() -> None:
     objective = objective_of(LLAMA, LLAMA.model())
     sample = sample_of(window_of(objective, LLAMA.rows(1), (1,)), objective, SINGLE)
     assert sample is not None
-    assert sample.cut_otherwise() is None
+    assert sample.cut_differently() is None
 
 
 def test_other_cuts_halve_the_batches_and_reverse_keeps_them() -> None:
@@ -126,7 +126,7 @@ def test_other_cuts_halve_the_batches_and_reverse_keeps_them() -> None:
     window = [dummy(objective, one_batch(rows[:1])), *window_of(objective, rows, SIZES)]
     sample = sample_of(window, objective, SINGLE)
     assert sample is not None
-    other = sample.cut_otherwise()
+    other = sample.cut_differently()
     assert other is not None
     assert [len(micro.batch["labels"]) for micro in other.load()] == [2, 1, 1, 2, 2, 1]
     turned = sample.reversed().load()
@@ -197,7 +197,7 @@ def test_parts_that_cannot_be_counted_are_not_compared() -> None:
     objective = objective_of(LLAMA, LLAMA.model(), only_even)
     sample = sample_of(window_of(objective, LLAMA.rows(4), (2, 2)), objective, SINGLE)
     assert sample is not None
-    assert sample.cut_otherwise() is None
+    assert sample.cut_differently() is None
     assert sample.in_one() is not None
 
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from evaluated import VAL_ROWS, evaluated
 from ftaccum import Accuracy, DataError, SettingsError
-from ftaccum.training.generate_rows import generate_rows, generate_texts
+from ftaccum.training.generate_rows import generate_rows
 from ftaccum.training.generator import Generator
 from ftaccum.training.prompts import left_padded
 from heads import HEADS, Row, all_in_float64, one_batch
@@ -242,18 +242,6 @@ def test_rows_of_one_process_are_sampled_as_among_all_rows() -> None:
     everyone = generate_rows(model, rows, options, batch_size=4)
     assert generate_rows(model, rows[1::2], options, numbers=range(1, len(rows), 2)) == everyone[1::2]
     assert len({tuple(text) for text in everyone}) > 3
-
-
-def test_generated_texts_have_no_special_tokens() -> None:
-    class Tokenizer:
-        pad_token_id = 0
-
-        def batch_decode(self, ids: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
-            assert skip_special_tokens
-            return [f" {text} " for text in ids]
-
-    model, rows = lively(BART), PROMPTS[BART]
-    assert generate_texts(model, rows, OPTIONS, tokenizer=Tokenizer()) == [str(t) for t in one_by_one(model, rows)]
 
 
 def test_prompts_are_the_same_in_batches_padded_on_the_left() -> None:

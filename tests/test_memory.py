@@ -134,22 +134,22 @@ def test_micro_batches_grow_back_in_later_windows(monkeypatch: pytest.MonkeyPatc
 
 def test_limits_halve_then_grow_and_wait_longer_after_each_failed_growth() -> None:
     memory_limits = MemoryLimits(BatchLimits(8))
-    memory_limits.ran_out(160)
+    memory_limits.record_failure(160)
     assert memory_limits.current == BatchLimits(8, 80)
-    memory_limits.ran_out(80)
+    memory_limits.record_failure(80)
     assert memory_limits.current == BatchLimits(8, 40)
     waited = []
     for _ in range(3):
         calm = 0
         while memory_limits.current == BatchLimits(8, 40):
-            memory_limits.went_well()
+            memory_limits.record_success()
             calm += 1
         assert memory_limits.current == BatchLimits(8, 80)
-        memory_limits.ran_out(80)
+        memory_limits.record_failure(80)
         waited.append(calm)
     assert waited == [50, 100, 200]
     for _ in range(800):
-        memory_limits.went_well()
+        memory_limits.record_success()
     assert memory_limits.current == BatchLimits(8)
     assert memory_limits.failures == 5
 

@@ -51,7 +51,7 @@ def test_the_order_follows_the_seed_and_matches_recorded_values() -> None:
 )
 def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: int) -> None:
     a_plan = plan(micro_batches * 4, gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0)
-    assert a_plan.windows_per_epoch == updates == len(list(a_plan.windows(0)))
+    assert a_plan.n_windows_of(0) == updates == len(list(a_plan.windows(0)))
 
 
 def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:

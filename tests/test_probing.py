@@ -48,10 +48,6 @@ def rows_mean(b: dict[str, Tensor]) -> Tensor:
     return torch.stack(each).mean()
 
 
-def elements_mean(b: dict[str, Tensor]) -> Tensor:
-    return b["logits"].pow(2).mean()
-
-
 def measured(loss: Any, whole: dict[str, Tensor], apart: Any = None) -> tuple[str, Explanation]:
     """Return the chosen way to count, and how well it explains the loss."""
     losses = lambda b: {"loss": float(loss(b))}

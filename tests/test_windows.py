@@ -60,7 +60,7 @@ def test_without_carrying_or_growing_windows_are_plain_flushed_ones() -> None:
         if not case[4]:
             plan = planned(*case)
             assert all_windows(plan) == flushed_as_ever(case[0], case[1], case[2] * case[3])
-            assert plan.n_windows == case[1] * plan.windows_per_epoch
+            assert plan.n_windows == case[1] * plan.n_windows_of(0)
 
 
 def test_only_the_last_window_is_short_where_remainders_are_carried() -> None:

@@ -139,6 +139,12 @@ class OutputWarning(UserWarning):
     """An output of the run is missing: a file could not be written, the model not be uploaded, or a tracker failed."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop; its type if the message is empty."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def warn_user(sentence: str, category: type[UserWarning]) -> None:
     """Issue a warning that points at the line where the user called ftaccum, or a Trainer made exact.
 

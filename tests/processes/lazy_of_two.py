@@ -22,15 +22,15 @@ BERT = HEADS["sequence classification, BERT"]
 EVERY = 3  # passes, of which the last one fails; a window has two, and gradients are synced in the second
 
 repeated: list[str] = []
-note = LastLayer.note_failed_pass
+log = LastLayer.log_failed_pass
 
 
-def noted(layer: LastLayer, error: Exception) -> None:
+def logged(layer: LastLayer, error: Exception) -> None:
     repeated.append(str(error))
-    note(layer, error)
+    log(layer, error)
 
 
-LastLayer.note_failed_pass = noted  # type: ignore[method-assign]
+LastLayer.log_failed_pass = logged  # type: ignore[method-assign]
 
 
 def sometimes_in_place(model: Any, rank: int) -> None:

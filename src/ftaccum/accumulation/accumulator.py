@@ -105,7 +105,7 @@ class GradientAccumulator:
                     window = self._accumulate(micro_batches, start, factor, seed, n_first)
             except LazyError as error:
                 attributes.restore()
-                self._objective.note_failed_lazy_pass(error)
+                self._objective.log_failed_lazy_pass(error)
         if window is None:
             with self._restoring(start):
                 window = self._accumulate(micro_batches, start, factor, seed, n_first)

@@ -174,7 +174,7 @@ class GradientAuditor:
         wanted = self._measured(one)
         if self._process_group.broadcast(wanted is not None):
             return ONE_BATCH, one, wanted
-        other = sample.cut_otherwise()
+        other = sample.cut_differently()
         return ANOTHER_CUT, other, None if other is None else self._accumulate(other)
 
     def _rounding(
@@ -189,7 +189,7 @@ class GradientAuditor:
             of_one: the one batch and its gradient; None if the reference is another cut.
         """
         found = [] if of_one is None else [self._rounding_of_one(*of_one)]
-        if not found or self._objective.takes_short_ways:
+        if not found or self._objective.computes_fewer_positions:
             found.append(self._rounding_of_cut(sample, accumulated))
         return max((each for each in found if each is not None), default=None)
 

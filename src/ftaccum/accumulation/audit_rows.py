@@ -92,7 +92,7 @@ class AuditRows:
     def in_one(self) -> "AuditRows":
         return replace(self, by_process=[[self._of(tuple(range(len(self.rows))))]])
 
-    def cut_otherwise(self) -> "AuditRows":
+    def cut_differently(self) -> "AuditRows":
         """Return the rows in order of arrival, in micro-batches of half the size, or of two rows if all have one."""
         planner = self.window_loader.planner
         largest = max(len(piece.rows) for share in self.by_process for piece in share)

@@ -43,7 +43,7 @@ class AuditSample(Protocol):
         Other processes must not load it.
         """
 
-    def cut_otherwise(self) -> "AuditSample | None":
+    def cut_differently(self) -> "AuditSample | None":
         """Return the rows in smaller micro-batches, or in larger ones if each has a single row; None on all processes
         if that is impossible."""
 

@@ -96,7 +96,7 @@ class AuditBatches:
         micro = self._joined(everything)
         return None if micro is None else replace(self, micro_batches=[micro])
 
-    def cut_otherwise(self) -> "AuditBatches | None":
+    def cut_differently(self) -> "AuditBatches | None":
         """Return batches of at most half as many rows as the largest one; or, if all have a single row, pairs of them.
 
         Batches are cut at their width, so that rows keep the positions of their tokens.

@@ -81,7 +81,7 @@ def unlike_rows(batches: Sequence[Batch], item_counter: ItemCounter) -> list[Col
         rows += [
             CollatedRow(row, f"row {place} of micro-batch {n}", _length(row), _kind(row))
             for place in range(rows_of(batch))
-            if _has_items(row := take(on_host, [place]), item_counter)
+            if item_counter.has_items(row := take(on_host, [place]))
         ]
     return _unlike(rows) if rows else []
 
@@ -163,8 +163,3 @@ def _kind(row: Batch) -> int | None:
     targets = targets_of(row)
     is_class = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
     return int(targets) if targets is not None and is_class else None
-
-
-def _has_items(row: Batch, item_counter: ItemCounter) -> bool:
-    count = item_counter.applicable(row).get("labels")
-    return count is None or bool(count(row))

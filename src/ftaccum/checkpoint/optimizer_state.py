@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ..runtime.log import logger
-from ..runtime.optimizers import inner_optimizers, keep_groups
+from ..runtime.optimizers import inner_optimizers, keep_groups, parameters_of
 from .serialization import holds_same
 
 
@@ -70,7 +70,7 @@ def _load(
         saved = _by_number(saved, _names_in(optimizer, names))
         _check_sizes(saved["param_groups"], own)
         groups = [mine | group for mine, group in zip(own, saved["param_groups"], strict=True)]
-        held = _weights_in(optimizer)
+        held = parameters_of(optimizer)
         state = {
             number: restore(values, held[number] if isinstance(number, int) else None)
             for number, values in saved["state"].items()
@@ -106,7 +106,7 @@ def _load_exactly(optimizer: Optimizer, state: dict[int, Any], groups: list[dict
     memory layout, or sums round differently.
     """
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    held = _weights_in(optimizer)
+    held = parameters_of(optimizer)
     for index, values in state.items():
         weight, own = held[index], optimizer.state[held[index]]
         for name, value in values.items():
@@ -142,12 +142,7 @@ def _by_number(saved: dict[str, Any], own: list[str]) -> dict[str, Any]:
 
 def _names_in(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
     """Return the names of an optimizer's weights, by number; those without a name are called by their number."""
-    return [names.get(id(p), f"#{number}") for number, p in enumerate(_weights_in(optimizer))]
-
-
-def _weights_in(optimizer: Optimizer) -> list[Tensor]:
-    """Return the weights of an optimizer, by the number that torch's `state_dict` gives them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(id(p), f"#{number}") for number, p in enumerate(parameters_of(optimizer))]
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:

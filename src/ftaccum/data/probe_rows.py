@@ -53,11 +53,11 @@ def labelled_positions(rows: Rows, row_collator: RowCollator, ignore_index: int)
     if row_collator.draws:
         return positions
     item_counter = ItemCounter(ignore_index)
-    found = [p for p in positions if _has_items(row_collator(rows, [p]), item_counter)]
+    found = [p for p in positions if item_counter.has_items(row_collator(rows, [p]))]
     if found:
         return found
     for position in range(len(rows)):
-        if _has_items(row_collator(rows, [position]), item_counter):
+        if item_counter.has_items(row_collator(rows, [position])):
             return [position]
     raise DataError(
         f"{rows.describe_all} has no label that counts: all are {ignore_index}, which the loss ignores. Check how "
@@ -188,8 +188,3 @@ def unlike_places(lengths: Sequence[int], classes: Sequence[int | None]) -> tupl
         chosen[place] = min(by_length, key=lambda p: (kinds[p][0] in taken, kinds[p][1] in rests, p != chosen[place]))
     # Copies of a row still help: they are measured with other labels, too.
     return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
-
-
-def _has_items(batch: Batch, item_counter: ItemCounter) -> bool:
-    count = item_counter.applicable(batch).get("labels")
-    return count is None or bool(count(batch))

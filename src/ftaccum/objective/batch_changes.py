@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime.state_guards import TensorVersions
 from .item_counts import Batch
@@ -19,6 +19,11 @@ def fresh_batch(batch: Batch, device: torch.device) -> Batch:
     """
     copied = recursively_apply(lambda t: t.to(device, non_blocking=True, copy=True), batch)
     return send_to_device(copied, device)  # moves other objects that have a `to` method
+
+
+def fresh_batch_for(model: nn.Module, batch: Batch) -> Batch:
+    """Return the same as `fresh_batch`, on the device of a model's first parameter."""
+    return fresh_batch(batch, next(model.parameters()).device)
 
 
 class WatchedBatch:

@@ -1,4 +1,4 @@
-"""What a loss over a window reads, in one type and shape. Anything else raises a `DataError`."""
+"""The inputs of a loss over a window, in one type and shape. Anything else raises a `DataError`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -21,8 +21,10 @@ from .own_loss import logits_of
 _MULTIPLE = 8  # of positions: sizes of 0 and 1 would have graphs of their own
 
 
-class _Pass:
-    """What the hooks read and write in the current forward pass, one at a time: they find it in a global variable.
+class _HookState:
+    """The state of the current forward pass, which the hooks share through a global variable.
+
+    Only one pass runs at a time.
 
     Attributes:
         labels: of shape (B, L).
@@ -38,7 +40,7 @@ class _Pass:
     loss: Tensor | None = None
 
 
-_PASS = _Pass()
+_STATE = _HookState()
 
 
 def loss_in_graphs(
@@ -70,13 +72,13 @@ def loss_in_graphs(
     targets_P[n:] = positions.ignore_index
     # Both in each pass: Dynamo does not notice a hook that is missing where it has seen none.
     hooks = head.register_forward_pre_hook(_select, with_kwargs=True), head.register_forward_hook(_take_loss)
-    _PASS.labels, _PASS.places, _PASS.ignore_index = labels_BL, places_P, positions.ignore_index
-    _PASS.targets = targets_P if drops_logits else None
+    _STATE.labels, _STATE.places, _STATE.ignore_index = labels_BL, places_P, positions.ignore_index
+    _STATE.targets = targets_P if drops_logits else None
     try:
         outputs = run()
-        loss = _PASS.loss
+        loss = _STATE.loss
     finally:
-        _PASS.labels = _PASS.places = _PASS.targets = _PASS.loss = None
+        _STATE.labels = _STATE.places = _STATE.targets = _STATE.loss = None
         for hook in hooks:
             hook.remove()
     if loss is not None:
@@ -107,7 +109,7 @@ def _select(
     _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the inputs of the head at the places of the pass; None to leave them as they are."""
-    labels_BL, places_P = _PASS.labels, _PASS.places
+    labels_BL, places_P = _STATE.labels, _STATE.places
     if labels_BL is None or places_P is None or not inputs:
         return None
     hidden_BLH, *others = inputs
@@ -118,10 +120,10 @@ def _select(
 
 def _take_loss(_: nn.Module, __: tuple[Any, ...], logits_1PV: Tensor) -> Tensor | None:
     """Compute the loss of the pass, and return no logits; None to leave them as they are."""
-    targets_P = _PASS.targets
+    targets_P = _STATE.targets
     if targets_P is None or logits_1PV.ndim != 3 or logits_1PV.shape[:2] != (1, len(targets_P)):
         return None
-    _PASS.loss = _mean(logits_1PV, targets_P, _PASS.ignore_index)
+    _STATE.loss = _mean(logits_1PV, targets_P, _STATE.ignore_index)
     return logits_1PV[:, :0].detach()
 
 

@@ -38,7 +38,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
+def _without_dropout_in_checkpoints(model: nn.Module) -> Iterator[None]:
     """Turn off dropout in the parts of the forward pass that gradient checkpointing runs again.
 
     It runs them in the backward pass, where no torch function mode is active, so it has to enter this one itself.
@@ -167,7 +167,7 @@ class DeterministicMode:
             preserve_rng(),
             preserve_buffers(self.model, *self.modules),
             training_mode(self.model, training=self.whole),
-            _also_in_what_is_run_again(self.model),
+            _without_dropout_in_checkpoints(self.model),
             _without_rates(self.model),
             _WithoutDropout(),
         ):

@@ -36,6 +36,14 @@ class GradientDifference:
 
 
 @dataclass(frozen=True)
+class JointGradient:
+    """The gradient of a few rows in one batch, and their losses by term."""
+
+    sketch: GradientSketch
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
 class GradientCheck:
     """A comparison of gradients of rows in one batch and in separate batches, as sketches.
 
@@ -84,6 +92,21 @@ class GradientCheck:
             SettingsError: if it has none, or the backward pass fails.
         """
         return self.gradient([batch], needs_gradient=True)
+
+    def with_losses(self, batch: Batch) -> JointGradient:
+        """Return the same as `together`, and the losses of the same pass. It may leave out terms.
+
+        Raises:
+            SettingsError: as `together` does.
+        """
+        losses: dict[str, float] = {}
+
+        def run(batch: Batch) -> Means:
+            means = self.run(batch)
+            losses.update({term: mean.item() for term, mean in means.items()})
+            return means
+
+        return JointGradient(replace(self, run=run).together(batch), losses)
 
     def difference(
         self,
@@ -166,7 +189,7 @@ def confirm_in_float64(
         with float64_weights(*modules) as convert:
             return compare(convert)
     except Exception as error:  # a module may need its own type
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             give_back_memory()
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import suspend_gradient_hooks
 from ..runtime.state_guards import preserve_gradients
+from .normalizer import widest_float
 from .signed_sums import add_signed
 
 _SUMS = 1024  # per parameter
@@ -29,8 +30,7 @@ class GradientSketch:
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add to the gradient of one parameter."""
-        dtype = torch.float32 if gradient.device.type == "mps" else torch.float64  # MPS has no wider type
-        sums = torch.zeros(_SUMS, dtype=dtype, device=gradient.device)
+        sums = torch.zeros(_SUMS, dtype=widest_float(gradient.device), device=gradient.device)
         add_signed(sums, gradient)
         self.sums[name] = self.sums.get(name, 0) + sums.double().cpu()
 

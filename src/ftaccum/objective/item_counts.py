@@ -105,6 +105,11 @@ class ItemCounter:
     def _elements(self, batch: Batch) -> int:
         return _targets(batch).numel()
 
+    def has_items(self, batch: Batch) -> bool:
+        """Return whether a batch has a label that counts, or no integer labels."""
+        count = self.applicable(batch).get("labels")
+        return count is None or bool(count(batch))
+
 
 def _tokens(batch: Batch) -> int:
     ids, mask = batch["input_ids"], batch.get("attention_mask")

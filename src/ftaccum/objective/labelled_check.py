@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
 from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import AFTER_SHIFT, Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
@@ -133,10 +134,9 @@ class _Comparison:
             try:
                 return self._of_losses() or self._of_gradient()
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                if is_out_of_memory(error):
                     return "memory ran out during the comparison"
-                first_line = next(iter(str(error).splitlines()), type(error).__name__)
-                return f"the model fails with labelled positions only: {first_line.rstrip('.')}"
+                return f"the model fails with labelled positions only: {first_line(error)}"
             finally:
                 self._forward.labelled_head = None
 
@@ -198,7 +198,7 @@ class _Comparison:
         return self._run(batch, needs)[0]
 
     def _run(self, batch: Batch, needs: NeededLogits) -> tuple[dict[str, Tensor], Any]:
-        given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
+        given = self._prepared(fresh_batch_for(self._model, batch))
         return self._forward(self._model, given, self._objective.count(batch), needs)
 
 

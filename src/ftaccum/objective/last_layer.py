@@ -68,14 +68,14 @@ class LastLayer:
             for each in passes:
                 each.close()
         except Exception as error:
-            if isinstance(error, LazyError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            if isinstance(error, LazyError) or is_out_of_memory(error):
                 raise
             raise LazyError(f"{type(error).__name__}: {error}") from error
         finally:
             for handle in handles:
                 handle.remove()
 
-    def note_failed_pass(self, error: Exception) -> None:
+    def log_failed_pass(self, error: Exception) -> None:
         """Log that a window is repeated with the whole layer, and warn if that is not rare."""
         self._n_failed += 1
         logger.debug(f"The last layer is computed at all positions in one window: {error}.")

@@ -1,24 +1,23 @@
 """Find out before training whether the last layer can be computed only at the positions that are read."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, training_mode
 from ..runtime.temporary_attribute import temporary_attribute
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
-from .gradient_check import GradientCheck, GradientDifference, confirm_in_float64, difference_of
-from .gradient_sketch import GradientSketch
+from .gradient_check import GradientCheck, GradientDifference, JointGradient, confirm_in_float64, difference_of
 from .item_counts import Batch, targets_of
 from .last_layer import LastLayer, can_be_lazy
 from .objective import Objective
@@ -65,10 +64,9 @@ class _Comparison:
             try:
                 return self._compared(prepared(self._sample.together), layers)
             except Exception as error:  # a model may use its hidden states in ways that lazy ones do not support
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                if is_out_of_memory(error):
                     return "memory ran out during the comparison", 0
-                first_line = next(iter(str(error).splitlines()), type(error).__name__)
-                return f"the model fails with a lazy last layer: {first_line.rstrip('.')}", 0
+                return f"the model fails with a lazy last layer: {first_line(error)}", 0
 
     def _compared(self, batch: Batch, layers: Sequence[nn.Module]) -> tuple[str | None, int]:
         with _called(layers) as called:
@@ -91,15 +89,15 @@ class _Comparison:
             return "the model sets the state of random numbers", place
         return self._difference(batch, last_layer, own, found), place
 
-    def _difference(self, batch: Batch, last_layer: LastLayer, own: "_Pass", found: "_Pass") -> str | None:
+    def _difference(self, batch: Batch, last_layer: LastLayer, own: JointGradient, found: JointGradient) -> str | None:
         tolerance = self._objective.report.tolerance
         terms = {*own.losses, *found.losses}
         off = max(relative(found.losses.get(term, 0.0), own.losses.get(term, 0.0)) for term in terms)
         if off > tolerance:
             return f"the loss differs by {off:.1e}"
 
-        def compare(own: "_Pass", found: "_Pass") -> GradientDifference:
-            return difference_of(own.gradient, found.gradient, None, _GRADIENT * tolerance)
+        def compare(own: JointGradient, found: JointGradient) -> GradientDifference:
+            return difference_of(own.sketch, found.sketch, None, _GRADIENT * tolerance)
 
         def in_float64(convert: Callable[[Batch], Batch]) -> GradientDifference:
             own = self._losses_and_gradient(convert(batch))
@@ -109,33 +107,17 @@ class _Comparison:
         difference = confirm_in_float64(compare(own, found), in_float64, self._model, *self._forward.modules)
         return f"the gradient differs by {difference.off:.1e}" if difference.off else None
 
-    def _losses_and_gradient(self, batch: Batch) -> "_Pass":
-        losses: dict[str, float] = {}
-
-        def means(batch: Batch) -> dict[str, Tensor]:
-            found = self._means(batch)
-            losses.update({term: mean.item() for term, mean in found.items()})
-            return found
-
+    def _losses_and_gradient(self, batch: Batch) -> JointGradient:
         counts = {term: partial(self._count, term) for term in self._objective.terms}
         with self._mode.passes():
-            gradient = GradientCheck(self._model, means, counts, self._forward.modules).together(batch)
-        return _Pass(losses, gradient)
+            return GradientCheck(self._model, self._means, counts, self._forward.modules).with_losses(batch)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
-        given = fresh_batch(batch, next(self._model.parameters()).device)
+        given = fresh_batch_for(self._model, batch)
         return self._forward(self._model, given, self._objective.count(batch))[0]
 
     def _count(self, term: str, batch: Batch) -> float:
         return self._objective.count(batch)[term]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The losses of a batch by term, and the sketch of its gradient."""
-
-    losses: Mapping[str, float]
-    gradient: GradientSketch
 
 
 def _has_label_per_token(batch: Batch) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from ..runtime.state_guards import inspection_mode
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .index_guard import IndexGuard
 from .item_counts import Batch
 from .model_forward import ModelForward, is_label
@@ -53,8 +53,8 @@ def _batches(sample: Sample) -> Iterator[Batch]:
 
 def _ratio(model: nn.Module, own: ModelForward, objective: Objective, batch: Batch) -> float | None:
     """Return the model's own loss of a batch, divided by the user's; None if one of them has no items or is 0."""
-    theirs = own.unweighted_loss(model, _on_device(batch, model)).item()
-    ours = objective.unweighted_loss(model, _on_device(batch, model), objective.count(batch)).item()
+    theirs = own.unweighted_loss(model, fresh_batch_for(model, batch)).item()
+    ours = objective.unweighted_loss(model, fresh_batch_for(model, batch), objective.count(batch)).item()
     return theirs / ours if ours and math.isfinite(theirs) and math.isfinite(ours) else None
 
 
@@ -66,7 +66,3 @@ def _whole_number(ratios: Iterator[float]) -> int | None:
         return None
     others = [abs(ratio / first - 1) <= _WITHIN for ratio in ratios]
     return number if others and all(others) else None
-
-
-def _on_device(batch: Batch, model: nn.Module) -> Batch:
-    return fresh_batch(batch, next(model.parameters()).device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import preserve_attributes
-from .batch_changes import WatchedBatch, fresh_batch
+from .batch_changes import WatchedBatch, fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import Forward
@@ -229,4 +229,4 @@ class Measurement:
 
     def on_device(self, batch: Batch) -> Batch:
         """Return a copy of a batch on the device, in the types that the model takes."""
-        return self.prepared(fresh_batch(batch, next(self.model.parameters()).device))
+        return self.prepared(fresh_batch_for(self.model, batch))

@@ -43,7 +43,7 @@ class LossNormalizer:
         self._n_divided_by = len(counts) if n_divided_by is None else n_divided_by
         self._processes = accelerator.num_processes
         mine = [sum(each[term] for each in counts) for term in terms]
-        self.items_T = torch.tensor(mine, dtype=_wide(accelerator.device))
+        self.items_T = torch.tensor(mine, dtype=widest_float(accelerator.device))
         if self._processes > 1:
             self.items_T = accelerator.reduce(self.items_T.to(accelerator.device), "sum")
 
@@ -71,7 +71,7 @@ class WeightedMeans:
 
     def __init__(self, terms: Sequence[str], device: torch.device) -> None:
         self.terms = tuple(terms)
-        self.sums_T = torch.zeros(len(terms), dtype=_wide(device), device=device)
+        self.sums_T = torch.zeros(len(terms), dtype=widest_float(device), device=device)
         self.items_T = torch.zeros_like(self.sums_T)
 
     def add(self, means: Means, counts: Counts) -> None:
@@ -146,6 +146,7 @@ def widened(mean: Tensor) -> Tensor:
     return mean.to(torch.promote_types(mean.dtype, torch.float32))
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the type for sums over many numbers: float64, or float32 on devices without it."""
     # float32 is exact for whole numbers up to 2**24, fewer than the tokens of a large window. MPS has no wider type.
     return torch.float32 if device.type == "mps" else torch.float64

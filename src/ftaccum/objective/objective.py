@@ -75,13 +75,13 @@ class Objective:
         finally:
             self._forward.is_lazy = before
 
-    def note_failed_lazy_pass(self, error: Exception) -> None:
+    def log_failed_lazy_pass(self, error: Exception) -> None:
         """Log that a window is repeated with the whole last layer."""
         if self._forward.last_layer is not None:
-            self._forward.last_layer.note_failed_pass(error)
+            self._forward.last_layer.log_failed_pass(error)
 
     @property
-    def takes_short_ways(self) -> bool:
+    def computes_fewer_positions(self) -> bool:
         """Whether passes of training compute fewer positions than the model itself, and so round differently."""
         return self._forward.labelled_head is not None or self._forward.last_layer is not None
 
@@ -174,17 +174,20 @@ class Objective:
         return torch.stack(list(means_of_sums(sums, counts).values())).sum()
 
     def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:
-        for term in (term for term in found if term not in self.terms):
+        unknown = next((term for term in found if term not in self.terms), None)
+        if unknown is not None:
             raise DataError(
-                f"The loss of {rows} has a term {term!r}, which none of the rows checked before training had, so it is "
-                "unknown which items it is a mean over. Give `count_items`: a function that returns a dict with the "
-                f"number of items of every term, {[*self.terms, term]}, and 0 for a term without items."
+                f"The loss of {rows} has a term {unknown!r}, which none of the rows checked before training had, so it "
+                "is unknown which items it is a mean over. Give `count_items`: a function that returns a dict with the "
+                f"number of items of every term, {[*self.terms, unknown]}, and 0 for a term without items."
             )
-        absent = [term for term in terms if term not in found and counts[term]]
-        for term in (term for term in absent if term not in self.report.absent_is_zero):
+        absent = (term for term in terms if term not in found and counts[term])
+        missing = next((term for term in absent if term not in self.report.absent_is_zero), None)
+        if missing is not None:
             raise DataError(
-                f"The loss of {rows} has no term {term!r}, but it should be a mean over {counts[term]:g} items there "
-                f"(counted: {self.report.ways[term]}). Return the term, or give a `count_items` that returns 0 for it."
+                f"The loss of {rows} has no term {missing!r}, but it should be a mean over {counts[missing]:g} items "
+                f"there (counted: {self.report.ways[missing]}). Return the term, or give a `count_items` that returns "
+                "0 for it."
             )
         for term in (term for term in found if term not in terms and not counts[term]):
             refuse_mean_over_nothing(term, found[term].item(), rows)
@@ -195,10 +198,11 @@ def refuse_other_counts(watched: WatchedBatch, count: Callable[[Batch], Counts],
     if not (changed := watched.changed()):
         return
     left = count(watched.as_seen())
-    for term in (term for term in counts if not math.isclose(left[term], counts[term])):
+    other = next((term for term in counts if not math.isclose(left[term], counts[term])), None)
+    if other is not None:
         raise DataError(
             f"The forward pass of {rows} changes {', '.join(f'`{name}`' for name in changed)} of a batch in place. "
-            f"Afterwards, the loss is a mean over {left[term]:g} items, but {counts[term]:g} were counted before the "
+            f"Afterwards, the loss is a mean over {left[other]:g} items, but {counts[other]:g} were counted before the "
             "pass, so the gradient would be wrong. Make the change in the data or in `data_collator` instead, or give "
             "a `count_items` that counts only the items that are left after it."
         )

@@ -4,7 +4,7 @@ from torch import nn
 
 from ..runtime.memory import is_out_of_memory
 from ..runtime.state_guards import inspection_mode
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .cross_entropy import CrossEntropy
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
@@ -28,7 +28,7 @@ def own_cross_entropy(model: nn.Module, forward: ModelForward, batch: Batch, ign
         ignore_index: the label that the model's own loss ignores.
     """
     with inspection_mode(model), IndexGuard():
-        forward.settle_outputs(model, lambda: _on_device(batch, model))
+        forward.settle_outputs(model, lambda: fresh_batch_for(model, batch))
     for loss in (CrossEntropy(ignore_index), CrossEntropy(ignore_index, shifted=True)):
         plain = ModelForward(model, batch, loss)
         try:
@@ -55,13 +55,9 @@ def _differ_by(model: nn.Module, own: Forward, plain: Forward, batch: Batch) -> 
     """Return the larger relative difference of two losses, in eval mode and in train mode."""
 
     def loss_of(forward: Forward) -> float:
-        return forward.unweighted_loss(model, _on_device(batch, model)).item()
+        return forward.unweighted_loss(model, fresh_batch_for(model, batch)).item()
 
     with perturb_head(model):
         in_eval = relative(loss_of(plain), loss_of(own))
         with DeterministicMode.of(model, lambda: [loss_of(own)]).passes():
             return max(in_eval, relative(loss_of(plain), loss_of(own)))
-
-
-def _on_device(batch: Batch, model: nn.Module) -> Batch:
-    return fresh_batch(batch, next(model.parameters()).device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import DataError
+from .normalizer import widest_float
 
 # The model's own number has float32's rounding: 1e-7 in batches of up to 260,000 tokens. Wrong readings can be as close
 # as 2e-6: with a balanced router, all are close to k.
@@ -48,10 +49,6 @@ class RouterTotals:
             self.n_tokens + other.n_tokens,
         )
 
-    def detached(self) -> "RouterTotals":
-        """Return the same numbers without gradient."""
-        return RouterTotals(self.choices_E, self.probabilities_E.detach(), self.n_tokens)
-
     def stacked(self) -> Tensor:
         """Return all numbers as one tensor of shape (2E + 1,) without gradient, to sum over processes."""
         return torch.cat([self.choices_E, self.probabilities_E.detach(), self.n_tokens.reshape(1)])
@@ -65,7 +62,7 @@ class RouterTotals:
     @classmethod
     def of_no_tokens(cls, n_experts: int, device: torch.device | str) -> "RouterTotals":
         """Return zeros: the numbers of a process that has no row."""
-        zeros = torch.zeros(2 * n_experts + 1, dtype=_wide(torch.device(device)), device=device)
+        zeros = torch.zeros(2 * n_experts + 1, dtype=widest_float(torch.device(device)), device=device)
         return cls.from_stacked(zeros)
 
 
@@ -100,7 +97,7 @@ class RouterReading:
         device = layers[0].device
         mask_N = batch.get(self.mask) if self.mask is not None else None
         if mask_N is not None:
-            mask_N = mask_N.reshape(-1).to(device, _wide(device))
+            mask_N = mask_N.reshape(-1).to(device, widest_float(device))
         totals = RouterTotals.of_no_tokens(self.n_experts, device)
         for layer in layers:
             totals = totals + self._layer_totals(layer.reshape(-1, self.n_experts).to(device), mask_N)
@@ -109,7 +106,7 @@ class RouterReading:
     def _layer_totals(self, layer_NE: Tensor, mask_N: Tensor | None) -> RouterTotals:
         if mask_N is not None and len(mask_N) != len(layer_NE):
             raise DataError(f"`{self.mask}` has {len(mask_N)} tokens, but `{self.output}` has {len(layer_NE)}.")
-        wide = _wide(layer_NE.device)
+        wide = widest_float(layer_NE.device)
         counted_N = torch.ones(len(layer_NE), dtype=wide, device=layer_NE.device) if mask_N is None else mask_N
         probabilities_NE = _probabilities(layer_NE, self.router)
         chosen = probabilities_NE.detach().topk(self.top_k, dim=-1).indices
@@ -247,7 +244,3 @@ def _probabilities(layer_NE: Tensor, router: Router) -> Tensor:
     if router == "softmax in float32":
         layer_NE = layer_NE.to(torch.promote_types(layer_NE.dtype, torch.float32))
     return layer_NE.softmax(-1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

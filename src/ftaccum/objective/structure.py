@@ -77,12 +77,14 @@ class ObservedPasses:
             SettingsError: if the count does not explain such a term, or the term was 0 in all passes.
         """
         absent = {term for terms, batch in self.absent for term in terms if term in counts and counts[term](batch)}
-        for term in (term for term in sorted(absent) if term in unexplained or term not in self.shown):
+        unknown = next((term for term in sorted(absent) if term in unexplained or term not in self.shown), None)
+        if unknown is not None:
             raise SettingsError(
                 [
-                    f"The loss has the term {term!r} for some rows and not for others, and the check before training "
-                    "could not find out which items it is a mean over. Give `count_items`: a function that returns "
-                    f"a dict with the number of items of every term, {[*counts]}, and 0 for a term without items."
+                    f"The loss has the term {unknown!r} for some rows and not for others, and the check before "
+                    "training could not find out which items it is a mean over. Give `count_items`: a function that "
+                    f"returns a dict with the number of items of every term, {[*counts]}, and 0 for a term without "
+                    "items."
                 ]
             )
         return sorted(absent)

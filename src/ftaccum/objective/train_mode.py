@@ -1,16 +1,15 @@
 """The effects of train mode on a loss and its gradient, for rows in one batch and in separate batches."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.memory import give_back_memory, none_if_out_of_memory
 from ..runtime.state_guards import preserve_buffers
 from .deterministic_forward import DeterministicMode
-from .gradient_check import GradientCheck, GradientDifference
-from .gradient_sketch import GradientSketch
+from .gradient_check import GradientCheck, GradientDifference, JointGradient
 from .item_counts import Batch, CountItems
 from .perturbation import perturb_norms
 from .probe import difference, relative
@@ -21,14 +20,6 @@ _UNCHANGED = 1e-6  # between two equal passes
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class JointGradient:
-    """The gradient of a few rows in one batch, and their losses by term."""
-
-    sketch: GradientSketch
-    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -87,17 +78,11 @@ class TrainMode:
         Raises:
             SettingsError: if there is no gradient.
         """
-        losses: dict[str, float] = {}
-
-        def watched(batch: Batch) -> Mapping[str, Tensor]:
-            means = self.means(batch)
-            losses.update({term: mean.item() for term, mean in means.items()})
-            return means
 
         def run() -> JointGradient:
             with self.mode.passes():
-                sketch = self._check(counts, watched).together(self.sample.together)
-            return JointGradient(sketch, dict.fromkeys(counts, 0.0) | losses)
+                joint = self._check(counts).with_losses(self.sample.together)
+            return replace(joint, losses=dict.fromkeys(counts, 0.0) | joint.losses)
 
         return _if_memory_allows(run)
 
@@ -119,13 +104,13 @@ class TrainMode:
             with self.mode.passes():
                 reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
                 separate = self.sample.separate(together, groups)
-                check = self._check(counts, self.means)
+                check = self._check(counts)
                 return check.difference(joint.sketch, together, separate, reordered, tolerance)
 
         return _if_memory_allows(run) or GradientDifference()
 
-    def _check(self, counts: Mapping[str, CountItems], means: Callable[[Batch], Mapping[str, Tensor]]) -> GradientCheck:
-        return GradientCheck(self.model, means, counts, self.mode.modules)
+    def _check(self, counts: Mapping[str, CountItems]) -> GradientCheck:
+        return GradientCheck(self.model, self.means, counts, self.mode.modules)
 
 
 def complaint_of_one_row(run: Callable[[Batch], object], sample: Sample) -> str | None:
@@ -143,10 +128,7 @@ def complaint_of_one_row(run: Callable[[Batch], object], sample: Sample) -> str 
 
 def _if_memory_allows(run: Callable[[], T]) -> T | None:
     """Return the result of passes with gradients; None if memory runs out."""
-    try:
-        return run()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    give_back_memory()  # a few long rows may need more than a micro-batch
-    return None
+    found = none_if_out_of_memory(run)
+    if found is None:
+        give_back_memory()  # a few long rows may need more than a micro-batch
+    return found

@@ -1,4 +1,4 @@
-"""What the check before training finds out about a loss over the window."""
+"""The findings of the check before training about a loss over the window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .loss_memory import LossMemory
 
 @dataclass(frozen=True)
 class WindowReport:
-    """Facts about a loss that reads all rows of a window together, so that it has no items to count.
+    """The findings about a loss that reads all rows of a window together, so that it has no items to count.
 
     Attributes:
         read_parameters: the names of the model's parameters that the loss reads itself.

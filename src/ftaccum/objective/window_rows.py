@@ -15,7 +15,9 @@ RowSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # the shape of a ro
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """What other processes must know of this process's micro-batches before they gather their values.
+    """The rows of this process's micro-batches: their places in the window, and the shape and type of each value.
+
+    Processes exchange these before they gather the values.
 
     Attributes:
         places: the positions of their rows in the window.

@@ -21,11 +21,11 @@ Values = Mapping[str, Tensor]  # what the terms read of a micro-batch, by name
 
 @dataclass(frozen=True)
 class CollectedValues:
-    """What the first pass collected from a micro-batch.
+    """The values that the first pass collected from a micro-batch.
 
     Attributes:
         places: the positions of its rows in the window.
-        values: what the terms read, without a graph.
+        values: the values that the terms read, without a graph.
     """
 
     places: Sequence[int]
@@ -33,9 +33,9 @@ class CollectedValues:
 
     @classmethod
     def of(cls, places: Sequence[int], values: Values) -> "CollectedValues":
-        """Return what was collected, without keeping more in memory than that.
+        """Return the collected values, without keeping more in memory than these.
 
-        What a loss reads may be a view of a much larger output, such as the first token of the hidden states.
+        A loss may read a view of a much larger output, such as the first token of the hidden states.
         """
         return cls(places, {name: _without_rest(value.detach()) for name, value in values.items()})
 
@@ -47,7 +47,7 @@ def _without_rest(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WindowPart:
-    """What a micro-batch adds to the terms of a window.
+    """The contribution of a micro-batch to the terms of a window.
 
     Attributes:
         loss: its part of the terms (a scalar). The parts of all micro-batches, on all processes, add up to the terms.

@@ -114,11 +114,6 @@ class Plan(BasePlan):
             plan = replace(self, done=tuple((ends * end // ends[-1]).tolist()))
         return plan, plan.epoch_after(len(ends))
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """Number of windows in the first epoch. Others (`n_windows_of`) may differ if rows are carried or k changes."""
-        return self.n_windows_of(0)
-
     def n_windows_of(self, epoch: int) -> int:
         """Return the number of windows in one epoch; 0 if no update ends in it, or if the run never begins it."""
         return len(self._indices(epoch))

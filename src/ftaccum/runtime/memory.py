@@ -110,7 +110,7 @@ class MemoryLimits:
             )
         self.failures = state_dict["failures"]
 
-    def ran_out(self, tokens: int) -> None:
+    def record_failure(self, tokens: int) -> None:
         """Record that a micro-batch of `tokens` tokens did not fit, and limit the next ones to half as many."""
         self._failed = tokens if self.current == self.requested else self._failed
         self._patience *= 2 if self._grew else 1
@@ -118,7 +118,7 @@ class MemoryLimits:
         self.current = self.current.of_tokens(tokens // 2)
         self.failures += 1
 
-    def went_well(self) -> None:
+    def record_success(self) -> None:
         """Record that a window fitted. After enough of them, double the limit, up to the requested one."""
         self._calm += 1
         if self._calm < self._patience:

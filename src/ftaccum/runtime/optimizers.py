@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 
@@ -26,6 +26,11 @@ def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters in all groups of an optimizer, in the order in which torch's `state_dict` numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def takes_sparse_gradients(optimizer: Optimizer) -> set[Tensor]:
     """Return the parameters whose sparse gradients an optimizer must get as they are.
 
@@ -33,7 +38,7 @@ def takes_sparse_gradients(optimizer: Optimizer) -> set[Tensor]:
     other optimizers of torch and Transformers, a dense gradient gives the same update, if they take a sparse one.
     """
     every = (optimizer, *inner_optimizers(optimizer))
-    stepping = {p: each for each in every for group in each.param_groups for p in group["params"]}  # of the innermost
+    stepping = {p: each for each in every for p in parameters_of(each)}  # of the innermost
     return {p for p, each in stepping.items() if isinstance(each, SparseAdam) or not _is_known(each)}
 
 
@@ -94,7 +99,7 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
     Switching to eval mode and back rounds, so a run would depend on how often it is saved. So the weights are copied.
     """
     switched = _with_modes(optimizer)
-    weights = [p for group in optimizer.param_groups for p in group["params"]] if switched else []
+    weights = parameters_of(optimizer) if switched else []
     trained = [p.detach().clone() for p in weights]
     for each in switched:
         each.eval()

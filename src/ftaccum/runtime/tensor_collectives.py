@@ -47,8 +47,12 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
 
 def copy_from_main(module: nn.Module, process_group: ProcessGroup) -> None:
     """Copy the main process's parameters of a module to all processes, which call this together."""
-    if process_group.is_single:
-        return
+    if not process_group.is_single:
+        broadcast_parameters(module)
+
+
+def broadcast_parameters(module: nn.Module) -> None:
+    """Copy process 0's parameters of a module to all others. Several processes call this together."""
     for p in module.parameters():
         values = p.data.contiguous()
         distributed.broadcast(values, src=0)

@@ -55,10 +55,6 @@ class Criterion:
         """Return the value of an evaluation; NaN if it does not have the metric."""
         return entry.val_loss if self.metric == LOSS else _by_name(entry).get(self.metric, math.nan)
 
-    def is_better(self, value: float, other: float) -> bool:
-        """Return whether a value is finite, and better than another one that is."""
-        return math.isfinite(value) and self._cost(value) < self._cost(other)
-
     def best(self, evaluations: Iterable[EvaluationEntry]) -> EvaluationEntry | None:
         """Return the best evaluation after the first update, the earlier of two equal ones; None if there is none."""
         finite = [entry for entry in evaluations if entry.evaluation and math.isfinite(self.value(entry))]

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim import SGD
 
 from ..accumulation.accumulator import GradientAccumulator
 from ..accumulation.buffers import SyncedBuffers
@@ -184,7 +185,7 @@ class Run:
     @cached_property
     def gradients(self) -> GradientStrategy:
         """The strategy that sums the gradients of a window."""
-        raise NotImplementedError
+        return GradientStrategy(SGD(self.model.parameters()))  # a run that does not train never steps
 
     @cached_property
     def accumulator(self) -> GradientAccumulator:

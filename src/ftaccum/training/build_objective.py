@@ -139,7 +139,7 @@ def _measured_on_short_or_whole(
             objective = measure(tried, short)
             is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole, cache)
         except Exception as error:  # a model may need rows of one length
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise  # whole rows do not fit either
             logger.debug(f"The self-check measures whole rows: cut ones raise {error!r}.")
         else:

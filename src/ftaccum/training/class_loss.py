@@ -11,7 +11,7 @@ from ..data.classes import count_labels
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..errors import SettingsError, shown
-from ..objective.batch_changes import fresh_batch
+from ..objective.batch_changes import fresh_batch_for
 from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
@@ -67,7 +67,7 @@ def build_class_loss(
             ]
         )
     with inspection_mode(model):
-        n_classes = forward.n_classes(model, fresh_batch(batch, next(model.parameters()).device))
+        n_classes = forward.n_classes(model, fresh_batch_for(model, batch))
     assert n_classes is not None, "logits with the shape of the labels have given the loss"
     if recipe.class_weights == "balanced":
         weight = _balanced(rows, row_collator, n_classes, ignore_index, are_collated=bool(components.data_collator))

@@ -1,11 +1,7 @@
 """Evaluates a trained model on rows."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from torch.optim import SGD
-
-from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.log import logger
 from .base_run import Run
 from .build_evaluation import build_evaluation
@@ -48,7 +44,3 @@ def evaluate_rows(config: RunConfig) -> Evaluated:
 
 class EvaluationRun(Run):
     """A run that evaluates its model and does not train it."""
-
-    @cached_property
-    def gradients(self) -> GradientStrategy:
-        return GradientStrategy(SGD(self.model.parameters()))  # it never steps

@@ -60,18 +60,6 @@ def generate_rows(
     return [texts[n] for n in range(len(starts))]
 
 
-def generate_texts(
-    model: Any, rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, tokenizer: Any, **given: Any
-) -> list[str]:
-    """Return the texts that a model generates for each row, without special tokens.
-
-    Args:
-        **given: further arguments of `generate_rows`.
-    """
-    ids = generate_rows(model, rows, options, tokenizer=tokenizer, **given)
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
 def _start(row: Mapping[str, Any], name: str, model: Any, device: torch.device) -> Tensor:
     """Return the tokens to generate from."""
     ids = list(row.get("input_ids") or ())

@@ -41,7 +41,7 @@ class OomRecovery:
             )
         tokens = self._process_group.min(None if failed is None else piece.tokens)
         assert tokens is not None, "memory ran out on at least one process"
-        self.limits.ran_out(tokens)
+        self.limits.record_failure(tokens)
         self._apply_limits()
         smaller = self._window_loader.again(local_window)
         logger.warning(
@@ -52,7 +52,7 @@ class OomRecovery:
 
     def window_done(self) -> None:
         """Allow larger micro-batches again after enough windows that fit in memory."""
-        self.limits.went_well()
+        self.limits.record_success()
         self._apply_limits()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import SettingsError, UntrainedLossWarning, warn_user
+from ..runtime.optimizers import parameters_of
 from ..settings.recipe import Recipe
 from .named_optimizers import make_named
 from .named_options import record_named_options
@@ -49,7 +50,7 @@ def make_optimizer(
         with record_named_options() as named:
             made = _made(optimizer, [group.as_dict() for group in parameter_groups(model, recipe, loss_module)])
         settle_rates(made, _rates_of(recipe), {*given, *_set_by_groups(recipe)}, named)
-    if not _held(made) & {p for p in model.parameters() if p.requires_grad}:
+    if not {*parameters_of(made)} & {p for p in model.parameters() if p.requires_grad}:
         raise SettingsError(
             [
                 "`optimizer` holds none of the model's trainable parameters, so updates would not change the model. "
@@ -66,7 +67,7 @@ def warn_of_untrained_loss(optimizer: Optimizer, loss_fn: Any) -> None:
     """Warn if a loss has trainable parameters that the optimizer does not hold."""
     if not isinstance(loss_fn, nn.Module):
         return
-    held = _held(optimizer)
+    held = {*parameters_of(optimizer)}
     names = [name for name, p in loss_fn.named_parameters() if p.requires_grad and p not in held]
     if names:
         warn_user(
@@ -160,7 +161,3 @@ def refuse_float16(model: nn.Module) -> None:
                 "unscaled. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
             ]
         )
-
-
-def _held(optimizer: Optimizer) -> set[nn.Parameter]:
-    return {p for group in optimizer.param_groups for p in group["params"]}

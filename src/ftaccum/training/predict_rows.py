@@ -35,23 +35,19 @@ _ROWS_SORTED = 4096  # rows to sort by length together
 Predict = Callable[[Any, Any, RowIndices], Any]
 
 
-def predict_rows(config: RunConfig, predict: Predict | None = None) -> Any:
+def predict_rows(config: RunConfig) -> Any:
     """Return the predictions of a model for its training rows, which need no labels.
 
-    Args:
-        config: the configuration of a run.
-        predict: returns the predictions of a batch. None: the token ids of generated texts, if there are
-            `generation_kwargs`; else the model's outputs, or what `preprocess_logits_for_metrics` makes of them.
-
     Returns:
-        On the main process, arrays with the rows in their order, padded with -100 as for `compute_metrics`. On the
-        others, None.
+        On the main process, arrays with the rows in their order, padded with -100 as for `compute_metrics`: the token
+        ids of generated texts, if there are `generation_kwargs`; else the model's outputs, or the values that
+        `preprocess_logits_for_metrics` makes of them. On the others, None.
 
     Raises:
         DataError: if the rows cannot be used.
     """
     with PredictionRun(config) as run:
-        return run.predict(predict or run.default_predict())
+        return run.predict(run.default_predict())
 
 
 class PredictionRun(Run):

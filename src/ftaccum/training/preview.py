@@ -2,19 +2,16 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from ..data.loader import LocalRows, MicroBatch
 from ..insight.format import format_bytes, format_duration
 from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.device_state import finish_work, forget_peak_memory, peak_memory
-from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import preserve_gradients
@@ -28,10 +25,6 @@ _LONGEST = 48  # tokens to show of each end of a row
 
 class PreviewRun(Run):
     """A run that shows what it would train on, and what an update would take."""
-
-    @cached_property
-    def gradients(self) -> GradientStrategy:
-        return GradientStrategy(SGD(self.model.parameters()))  # it never steps
 
     def preview(self, n_rows: int) -> str:
         """Return rows, batch sizes, memory and time as text.

@@ -9,7 +9,6 @@ from ...errors import SettingsError
 from ...planning.batch_size import rate_factor
 from ...planning.shuffle import order_of
 
-RATIOS = (0.5, 1.0, 2.0)
 _FEWEST = 4  # updates at twice the batch: with fewer, the optimizer's state hardly follows the new size
 # A schedule that has decayed to less than this share of its peak leaves no rate at which batches could differ.
 _DECAYED = 0.1

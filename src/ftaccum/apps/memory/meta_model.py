@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel
 
-from ...errors import SettingsError
+from ...errors import SettingsError, first_line
 from ...tasks.arguments import TASKS
 
 
@@ -30,7 +30,7 @@ def model_without_weights(name: str, task: str | None = None, dtype: str = "auto
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # libraries may raise anything
         is_missing = name.startswith(("/", ".", "~")) and not Path(name).exists()
-        reason = "there is no such folder" if is_missing else _first_line(error)
+        reason = "there is no such folder" if is_missing else first_line(error)
         remedy = "Give a folder that `save_pretrained` wrote, or a hub model."
         raise SettingsError([f"`model` {name!r} has no config that can be loaded: {reason}. {remedy}"]) from error
     if getattr(config, "quantization_config", None) is not None:
@@ -39,11 +39,7 @@ def model_without_weights(name: str, task: str | None = None, dtype: str = "auto
         return model_of_config(config, task, dtype)
     except Exception as error:
         wanted = f" with the head of the task {task!r}" if task else ""
-        raise SettingsError([f"`model` {name!r} cannot be built{wanted}: {_first_line(error)}."]) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SettingsError([f"`model` {name!r} cannot be built{wanted}: {first_line(error)}."]) from error
 
 
 def model_of_config(config: Any, task: str | None = None, dtype: str = "auto") -> Any:

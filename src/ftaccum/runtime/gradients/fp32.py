@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer, SparseAdam
 
 from ...errors import SettingsError
-from ..optimizers import inner_optimizers, place_state
+from ..optimizers import inner_optimizers, parameters_of, place_state
 from ..process_group import ProcessGroup
 from ..sharding.tensors import local_part
+from ..tensor_collectives import broadcast_parameters
 from .averaged import average_gradients, dense_zeros
-from .plain import GradientStrategy, parameters_of
+from .plain import GradientStrategy
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
@@ -58,10 +59,7 @@ class Fp32Gradients(GradientStrategy):
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return the model without DDP, and the optimizer. Copy process 0's weights to all others, as DDP would."""
         if accelerator.num_processes > 1:
-            for p in model.parameters():
-                values = p.data.contiguous()
-                distributed.broadcast(values, src=0)
-                p.data.copy_(values)
+            broadcast_parameters(model)
         place_state(self._optimizer.wrapped)
         optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         # Accelerate leaves DDP out in "evaluation mode".

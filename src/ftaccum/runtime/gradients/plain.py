@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..library_output import ddp_warnings_silenced
 from ..memory import none_if_out_of_memory
-from ..optimizers import place_state, takes_sparse_gradients
+from ..optimizers import parameters_of, place_state, takes_sparse_gradients
 from ..process_group import ProcessGroup
 
 
@@ -131,8 +131,3 @@ def _with_dense_gradient(p: Tensor) -> Tensor:
     stand_in = torch.empty_like(p.grad.values())
     stand_in.grad = p.grad.values()
     return stand_in
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters in all groups of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

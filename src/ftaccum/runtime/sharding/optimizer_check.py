@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from ...errors import SettingsError
+from ...errors import SettingsError, first_line
 from ..optimizers import inner_optimizers
 from ..process_group import ProcessGroup
 from ..state_guards import preserve_rng
@@ -65,10 +65,10 @@ def _tried(
     try:
         found = _stepped(optimizer, device, mesh)
     except Exception as error:  # an optimizer may raise anything
-        found = _first_line(error)
+        found = first_line(error)
     faults = process_group.gather(found if isinstance(found, str) else None)
     if fault := next(filter(None, faults), None):
-        _refuse(f"{type(optimizer).__name__} cannot step on sharded weights: {fault} {_REMEDY}")
+        _refuse(f"{type(optimizer).__name__} cannot step on sharded weights: {fault}. {_REMEDY}")
     assert not isinstance(found, str)
     return found
 
@@ -107,8 +107,3 @@ def _numbers() -> tuple[list[Tensor], list[Tensor]]:
     draw = torch.Generator().manual_seed(0)
     weights, targets = ([torch.randn(shape, generator=draw) for shape in _SHAPES] for _ in range(2))
     return weights, targets
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith(".") else f"{line}."

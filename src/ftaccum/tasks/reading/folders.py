@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from .sources import IMAGES, Source
 
 
@@ -72,5 +72,4 @@ def check_split(source: Source, splits: Iterable[str]) -> None:
 
 
 def _unreadable(source: Source, error: Exception, remedy: str) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return DataError(f"`{source.argument}` {source.name!r} cannot be read: {reason}. {remedy}")
+    return DataError(f"`{source.argument}` {source.name!r} cannot be read: {first_line(error)}. {remedy}")
