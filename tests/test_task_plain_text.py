@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import BertConfig, BertForMaskedLM, EvalPrediction
+from transformers import AutoModelForCausalLM, BartConfig, BertConfig, BertForMaskedLM, EvalPrediction, XLNetConfig
 
 from exactness import accumulated_gradients, windows_of
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.tasks.packed_rows import pack
+from ftaccum.tasks.reading_direction import faults_of_reading_direction
 from ftaccum.tasks.token_accuracy import TokenAccuracy
 from heads import all_in_float64, relative_error
 from silent_errors.text_columns import REVIEWS, TINY, WORDS, causal_lm, word_tokenizer
@@ -230,6 +231,25 @@ def test_bad_input_is_refused_in_one_sentence(lm: str, bert: str, rows: str, tmp
             load_task(task, model, data, **options)
     with pytest.raises(SettingsError, match="names 'text', and `columns` names 'text' as text"):
         load_task("masked-lm", bert, rows, columns=["text=text"], text_columns=["text"])
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 6}], ids=["rows", "packed"])
+def test_an_encoder_is_not_trained_to_predict_tokens_that_it_sees(bert: str, rows: str, options: Any) -> None:
+    with pytest.raises(SettingsError, match=r"is an encoder: each token sees the next .*`--task masked-lm`"):
+        load_task("causal-lm", bert, rows, **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**TINY, is_decoder=True),
+        XLNetConfig(vocab_size=len(WORDS), d_model=16, n_layer=1, n_head=2, d_inner=16),
+        BartConfig(vocab_size=len(WORDS), d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_decoder_of_a_type_that_also_has_encoders_is_no_encoder(config: Any) -> None:
+    assert not faults_of_reading_direction(AutoModelForCausalLM.from_config(config))
 
 
 def test_rows_without_text_are_counted_when_packed(lm: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..settings.recipe import Recipe
 from .generated_text import generated_columns, generation_arguments
 from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
 from .plain_text import PlainText
+from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions
 from .token_accuracy import PredictedTokens, TokenAccuracy
@@ -33,7 +34,7 @@ class CausalLM(PlainText):
         refuse(self._faults(EncodingOptions(recipe.text_columns, recipe.max_length)))
 
     def encode(self, rows: Any, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Any:
-        refuse(self._faults(options))
+        refuse(self._faults(options) + faults_of_reading_direction(model))
         texts = super().encode(rows, argument, processor, model, options)
         if not self.named.packing:
             return texts

@@ -18,6 +18,7 @@ from .columns import Role
 from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
 from .fast_tokenizer import check_fast
 from .generated_text import generated_columns, generation_arguments
+from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 from .token_accuracy import PredictedTokens, TokenAccuracy
@@ -54,7 +55,7 @@ class Chat(Task):
         """
         if self._template is not None:
             processor.chat_template = self._template  # saved with the model, too
-        refuse(self._faults(processor))
+        refuse(self._faults(processor) + faults_of_reading_direction(model))
         check_fast(processor, self.named.task)
         _check_columns(rows, argument)
         limit = token_limit(processor, model.config, model, options.max_length)
