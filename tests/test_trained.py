@@ -144,7 +144,9 @@ def test_a_run_from_python_records_how_load_task_read_its_rows(lora: Any, tmp_pa
     ("words", "sentence"),
     [
         (["eval"], "RUN is required: the output folder of a run, as in `ftaccum eval RUN --data test.csv`."),
-        (["eval", "no/such/folder", "--data", "x.csv"], "There is no folder 'no/such/folder'."),
+        (["eval", "no/such/folder", "--data", "x.csv"], "'no/such/folder': there is no folder 'no/such'."),
+        (["eval", "{run}x", "--data", "x.csv"], "there is no such folder. Do you mean '{run}'?"),
+        (["eval", "nothere", "--data", "x.csv"], "and the hub cannot be reached or has no such model. Check the name."),
         (["eval", "{run}"], "`--data` is required."),
         (["predict", "{run}", "--data", "x.csv"], "`--output` is required."),
         (["predict", "{run}", "--data", "x.csv", "--output", "x.txt"], "`--output` must end in .jsonl, .csv, .parquet"),
@@ -163,7 +165,7 @@ def test_bad_input_is_one_sentence(
     run: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(run=run, rows=run.parent) for word in words]) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence.format(run=run) in capsys.readouterr().err
 
 
 def test_columns_of_a_task_without_roles_are_refused() -> None:

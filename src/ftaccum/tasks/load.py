@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from datasets import Dataset
@@ -23,6 +22,7 @@ from .model_source import ModelSource
 from .quantization import faults_of_quantization
 from .rows import load_rows
 from .task import EncodingOptions, Task
+from .task_classes import task_class
 
 # The settings that loading depends on.
 _SETTINGS = (
@@ -77,13 +77,6 @@ def make_task(named: NamedArguments) -> Task:
     if named.task not in TASKS:
         raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
     return task_class(named.task)(named)
-
-
-def task_class(name: str) -> type[Task]:
-    """Return the class of a task, which is one of `TASKS`."""
-    module, _, class_name = TASKS[name].partition(":")
-    found: type[Task] = getattr(import_module(module), class_name)
-    return found
 
 
 def load_task(task: str, model: str, train_data: str, val_data: str | None = None, **options: Any) -> Loaded:
