@@ -217,7 +217,11 @@ def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None
     rows = chat_rows(tmp_path / "rows.jsonl", column="talk")
     options: dict[str, Any]
     for options, error, words in (
-        ({}, DataError, "no columns 'prompt' and 'completion', only 'talk'. Name the .* `columns=messages=NAME`"),
+        (
+            {},
+            DataError,
+            "no columns 'prompt' and 'completion', only 'talk'. Name the .* `--columns messages=NAME` \\(in",
+        ),
         ({"chat_template": "absent.jinja"}, SettingsError, "`chat_template` 'absent.jinja' cannot be read"),
         ({"packing": True}, SettingsError, "`packing` is an option of the task 'causal-lm', but `task` is 'chat'"),
         ({"mlm_probability": 0.3}, SettingsError, "`mlm_probability` is an option of the task 'masked-lm'"),

@@ -218,11 +218,27 @@ def test_bad_input_is_refused_in_one_sentence(lm: str, bert: str, rows: str, tmp
     options: dict[str, Any]
     for task, model, data, options, error, words in (
         ("causal-lm", lm, rows, {"packing": True}, SettingsError, "`packing` needs `max_length`"),
-        ("causal-lm", lm, rows, pack | {"text_columns": ["text"]}, SettingsError, "`columns=text=text`"),
+        (
+            "causal-lm",
+            lm,
+            rows,
+            pack | {"text_columns": ["text"]},
+            SettingsError,
+            r"`--columns text=text` \(in Python: `columns='text=text'`\)",
+        ),
         ("causal-lm", lm, rows, pack | {"streaming": True}, SettingsError, "`packing` reads all texts, but"),
         ("causal-lm", lm, rows, pack | {"max_length": 99}, SettingsError, "accept at most 32 tokens"),
         ("causal-lm", lm, numbers, pack, DataError, "row 1 has None instead of text in its column 'text'"),
         ("causal-lm", lm, rows, {"columns": ["text=x"]}, DataError, "no column 'x' for the text"),
+        (
+            "causal-lm",
+            lm,
+            rows,
+            {"text_column": "x"},
+            SettingsError,
+            "no option 'text_column'. Did you mean 'text_columns'",
+        ),
+        ("causal-lm", lm, rows, {"n_epochs": 1}, SettingsError, "no option 'n_epochs'. Give settings of the run to"),
         ("causal-lm", lm, blank, pack | {"add_eos_token": False}, DataError, "have no tokens"),
         ("masked-lm", bert, rows, {"tokenizer": lm}, SettingsError, "has no mask token. Choose a model such as BERT"),
         ("masked-lm", bert, rows, {"mlm_probability": 0.0}, SettingsError, "must be a number above 0, up to 1"),

@@ -17,7 +17,7 @@ from ftaccum import SettingsError, load_task
 from ftaccum.apps.cli import main
 from ftaccum.apps.prediction_file import write_predictions
 from ftaccum.tasks.arguments import NamedArguments, TrainedArguments
-from ftaccum.tasks.columns import named_columns
+from ftaccum.tasks.columns import describe_columns, named_columns
 from ftaccum.tasks.task_of_model import find_task
 from ftaccum.tasks.trained import load_trained
 from silent_errors.text_columns import word_tokenizer
@@ -166,6 +166,24 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main([word.format(run=run, rows=run.parent) for word in words]) == 2
     assert sentence.format(run=run) in capsys.readouterr().err
+
+
+def test_eval_of_an_interrupted_run_says_how_to_finish_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"finished": False}))
+    for has_checkpoint in (False, True):
+        if has_checkpoint:
+            (tmp_path / "checkpoints" / "update-00000001").mkdir(parents=True)
+        assert main(["eval", str(tmp_path), "--data", "x.csv"]) == 2
+        assert ("or finish this one with `--resume auto`." in capsys.readouterr().err) == has_checkpoint
+
+
+def test_a_sentence_on_columns_has_no_empty_list() -> None:
+    assert describe_columns({}, ["text", "label"]) == "Columns: left out: 'text', 'label'"
+    assert describe_columns({"text": "a"}, ["a"]) == "Columns: 'a' as text"
+    assert describe_columns({}, []) == "Columns: none"
 
 
 def test_columns_of_a_task_without_roles_are_refused() -> None:

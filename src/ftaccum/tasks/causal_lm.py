@@ -11,6 +11,7 @@ from ..data.tokenize import token_limit
 from ..errors import DataError, refuse
 from ..runtime.log import logger
 from ..settings.recipe import Recipe
+from .columns import naming
 from .generated_text import generated_columns, generation_arguments
 from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
 from .plain_text import PlainText
@@ -94,6 +95,6 @@ class CausalLM(PlainText):
         if options.text_columns is not None:
             faults.append(
                 f"`text_columns` names {', '.join(map(repr, options.text_columns))}, but `packing` turns the texts "
-                f"into tokens before. Name the column by its role: `columns=text={options.text_columns[0]}`."
+                f"into tokens before. Name the column by its role: {naming('text', options.text_columns[0])}."
             )
         return faults

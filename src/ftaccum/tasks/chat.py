@@ -14,7 +14,7 @@ from ..errors import DataError, SettingsError, refuse
 from ..objective.item_counts import IGNORE_INDEX
 from .arguments import NamedArguments
 from .chat_tokens import encoded, prompt_tokens
-from .columns import Role
+from .columns import Role, naming
 from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
 from .fast_tokenizer import check_fast
 from .generated_text import generated_columns, generation_arguments
@@ -161,7 +161,7 @@ def _check_columns(rows: Dataset, argument: str) -> None:
     if MESSAGES not in names and not (PROMPT in names and COMPLETION in names):
         raise DataError(
             f"`{argument}` has no column 'messages' or 'conversations', and no columns 'prompt' and 'completion', only "
-            f"{', '.join(map(repr, names))}. Name the conversations: `columns=messages=NAME`."
+            f"{', '.join(map(repr, names))}. Name the conversations: {naming('messages')}."
         )
 
 

@@ -1,6 +1,7 @@
 """Load the rows, the model and the metrics of a task."""
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -31,6 +32,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_SIMILAR = 0.85  # with less, a name often means another quantity
 _TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
 
 
@@ -99,19 +101,18 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
     known = {f.name for f in fields(TrainArguments)}
     settings = {name: value for name, value in given.items() if name not in known}
-    refuse(
-        [
-            f"`load_task` has no option {name!r}. Give settings of the run to `test_fine_tuning`."
-            for name in settings
-            if name not in _SETTINGS
-        ]
-    )
+    refuse([f"`load_task` has no option {name!r}. {_hint(name, known)}" for name in settings if name not in _SETTINGS])
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     loaded = load(named, settings)
     # `test_fine_tuning` tokenises the texts of some tasks.
     text = {name: settings[name] for name in _TEXT_SETTINGS if name in settings}
     return replace(loaded, more=loaded.more | text)
+
+
+def _hint(unknown: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(unknown, [*known, *_SETTINGS], 1, _SIMILAR)
+    return f"Did you mean {near[0]!r}?" if near else "Give settings of the run to `test_fine_tuning`."
 
 
 def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:

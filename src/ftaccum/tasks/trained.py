@@ -111,8 +111,10 @@ def _find(run: str) -> tuple[RunRecord | None, str]:
     for folder in (run_dir.model, run_dir.adapter, path):
         if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
             return record, str(folder)
+    is_resumable = record is not None and not record.finished and any(run_dir.checkpoints.glob("update-*"))
+    finish = ", or finish this one with `--resume auto`" if is_resumable else ""
     raise SettingsError(
-        [f"{run!r} has no trained model: there is no `model/` in it. Give the output folder of a finished run."]
+        [f"{run!r} has no trained model: there is no `model/` in it. Give the output folder of a finished run{finish}."]
     )
 
 
