@@ -58,9 +58,13 @@ def test_a_finished_run_keeps_its_newest_checkpoint_and_logs_its_size(
     fine_tuned(
         output_dir=str(tmp_path), keep_checkpoints=1, max_updates=2
     )  # sets the checkpoints of the first run aside
-    assert "Moved checkpoints of an earlier run" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Moved checkpoints of an earlier run" in shown
+    assert f"Replaces the finished run in {str(tmp_path)!r}: " in shown
     assert [path.name for path in tmp_path.glob("checkpoints*")] == ["checkpoints"]
     assert checkpoints_of(tmp_path) == ["update-00000002-epoch-0001"]
+    fine_tuned(output_dir=str(tmp_path), resume="auto", max_updates=3, allow_changed="max_updates")
+    assert "Replaces the finished run" not in capsys.readouterr().err
 
 
 def test_a_finished_run_without_checkpoints_is_neither_extended_nor_replaced(

@@ -30,6 +30,7 @@ from ftaccum import DataError, InexactLossWarning, Result, SettingsError, TextWa
 from ftaccum.data.convert import synthetic_rows
 from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
+from silent_errors.tokenizer_padding import llama_classifier
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 
@@ -382,6 +383,32 @@ def test_faults_in_data_are_reported_before_training(data: Any, words: str, caps
         run(model, data)
     assert "FINE-TUNING TEST" not in capsys.readouterr().out
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "words"),
+    [
+        (
+            lambda outputs, batch: outputs.logits.sum() + batch["label"],
+            "The batch that `loss_fn` gets has the columns .*'labels'",
+        ),
+        (lambda outputs: outputs, r"`loss_fn` is called with two arguments: \(outputs, batch\)"),
+        (
+            lambda outputs, batch, weights: outputs + batch + weights,
+            r"`loss_fn` is called with two arguments: \(outputs, batch\)",
+        ),
+    ],
+    ids=["a missing key", "one argument", "three arguments"],
+)
+def test_faults_of_a_loss_function_are_not_those_of_rows(loss_fn: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words) as raised:
+        run(CLASSIFIER.model(), ROWS, loss_fn=loss_fn)
+    assert "Check that its columns" not in str(raised.value)
+
+
+def test_a_classifier_without_a_padding_token_is_told_to_set_one() -> None:
+    with pytest.raises(DataError, match=r"`model\.config\.pad_token_id = tokenizer\.pad_token_id`"):
+        run(llama_classifier(None), [{"input_ids": [5, 6, 7][: 2 + n % 2], "labels": n % 2} for n in range(8)])
 
 
 @pytest.mark.parametrize("argument", ["train_data", "val_data"])

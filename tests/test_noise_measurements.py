@@ -265,6 +265,14 @@ def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: An
         ({"noise_scale": False}, "`noise_scale` is False"),
         ({"noise_scale": "auto", "deterministic": True}, "measures nothing with `deterministic`"),
         ({"noise_scale": "auto", "effective_batch_size": 32}, "the run has 50 updates, and `noise_scale` 'auto' needs"),
+        (
+            {"noise_scale": "auto", "effective_batch_size": 400},
+            "the run has 4 updates. An estimate needs at least 8, and 'auto' 80. Train longer",
+        ),
+        (
+            {"noise_scale": 9, "effective_batch_size": 400},
+            "the run has 4 updates. An estimate needs at least 8. Train longer",
+        ),
         ({"noise_scale": 101}, "the first measurement would be at update 101"),
     ],
 )

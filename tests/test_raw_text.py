@@ -8,13 +8,19 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from ftaccum import DataError, Result, SettingsError, TextWarning, search, test_fine_tuning, verify
 from ftaccum.data.text_encoder import CUT, TextEncoder
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tasks.model_source import ModelSource
-from silent_errors.text_columns import LABELS, REVIEWS, WORDS, causal_lm, classifier, ids_of, word_tokenizer
+from silent_errors.text_columns import LABELS, REVIEWS, TINY, WORDS, causal_lm, classifier, ids_of, word_tokenizer
 from silent_errors.tokenizer_padding import llama_classifier
 
 END = WORDS.index("</s>")
@@ -45,6 +51,11 @@ def encoded(tokenizer: Any, texts: Sequence[str], limit: int | None = None, end:
         " ".join(WORDS[n] for n in ids) + ("…" if cut else "")
         for ids, cut in zip(columns["input_ids"], columns[CUT], strict=True)
     ]
+
+
+def test_an_encoder_is_not_trained_on_the_next_tokens_of_text() -> None:
+    with pytest.raises(SettingsError, match="is an encoder: each token sees the next ones"):
+        run(BertLMHeadModel(BertConfig(**TINY)), [{"text": text} for text in REVIEWS])
 
 
 def test_a_named_column_is_read_and_the_others_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

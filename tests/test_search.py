@@ -830,7 +830,10 @@ def test_reports_are_complete_and_self_contained(tmp_path: Path, capsys: pytest.
     assert {row["effective batch"] for row in rows} <= {"2", "4", "8", "16"}
     shown = capsys.readouterr().out
     assert "Gradient accumulation steps (effective batch size): 1 (2), 2 (4), 4 (8), 8 (16)" in shown
-    assert f"best loss             {study.best_value:.4f} (trial {study.best_trial.number})" in shown
+    assert (
+        f"best loss             {study.best_value:.4f} (trial {study.best_trial.number}, of those that finished)"
+        in shown
+    )
     assert "effective batch size" in shown
     assert shown.count("  effective batch ") == 11  # one line per trial, and the table's heading
 
@@ -901,7 +904,7 @@ def test_the_best_trial_has_the_greatest_metric(capsys: pytest.CaptureFixture[st
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert [trial.value for trial in study.trials] == [0.3, 0.7, 0.5]
     assert best_trial(study) == study.trials[1]
-    assert "best f1               0.7 (trial 1)" in summarize(study)
+    assert "best f1               0.7 (trial 1, of those that finished)" in summarize(study)
     rows = trial_rows(study)
     assert [row["f1"] for row in rows] == [0.3, 0.7, 0.5]
     assert all(0 < row["loss"] == trial.user_attrs["val_loss"] for row, trial in zip(rows, study.trials, strict=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel
 
 from chats import FORGETS_THOUGHTS, MARKED, NO_END_TOKEN, PLAIN, REFUSES, TWO_TURNS, learned, save_chat_model
 from chats import tokenizer_with as tokenizer_of
@@ -216,13 +217,25 @@ def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None
     rows = chat_rows(tmp_path / "rows.jsonl", column="talk")
     options: dict[str, Any]
     for options, error, words in (
-        ({}, DataError, "no columns 'prompt' and 'completion', only 'talk'. Name the .* `columns=messages=NAME`"),
+        (
+            {},
+            DataError,
+            "no columns 'prompt' and 'completion', only 'talk'. Name the .* `--columns messages=NAME` \\(in",
+        ),
         ({"chat_template": "absent.jinja"}, SettingsError, "`chat_template` 'absent.jinja' cannot be read"),
         ({"packing": True}, SettingsError, "`packing` is an option of the task 'causal-lm', but `task` is 'chat'"),
         ({"mlm_probability": 0.3}, SettingsError, "`mlm_probability` is an option of the task 'masked-lm'"),
     ):
         with pytest.raises(error, match=words):
             load_task("chat", "absent-model", rows, **options)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    model = save_chat_model(tmp_path / "model")
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertLMHeadModel(BertConfig(vocab_size=512, **tiny)).save_pretrained(model)
+    with pytest.raises(SettingsError, match="is an encoder: each token sees the next ones"):
+        load_task("chat", model, chat_rows(tmp_path / "rows.jsonl"))
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,20 @@ def tokens(rows: list[dict[str, Any]]) -> Any:
     return word_tokenizer()([row["text"] for row in rows], padding=True, return_tensors="pt")
 
 
+@pytest.mark.parametrize(
+    ("labels", "is_odd"),
+    [([1, 2, 1, 2], True), ([1.0, 2.0, 1.0, 2.0], True), ([[1], [2], [1, 2], [1]], True), ([0, 1, 0, 1], False),
+     (["1", "2", "1", "2"], False), ([True, False, True, True], False)],
+)  # fmt: skip
+def test_whole_numbers_that_start_at_1_warn_of_the_empty_class_0(
+    labels: list[Any], is_odd: bool, encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = save_rows(tmp_path / "rows.jsonl", labelled((labels * len(TEXTS))[: len(TEXTS)]))
+    more = {"problem_type": "single_label_classification"} if isinstance(labels[0], float) else {}
+    load_task("text-classification", encoder, rows, **more)
+    assert ("No row has class 0. Do the labels start at 1?" in capsys.readouterr().err) == is_odd
+
+
 def test_classes_by_name_train_exactly_and_are_saved_in_the_config(encoder: str, tmp_path: Path) -> None:
     names = ["neutral", "bad", "good"]
     rows = labelled([names[n % 3] for n in range(7)])

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import BertConfig, BertForMaskedLM, EvalPrediction
+from transformers import AutoModelForCausalLM, BartConfig, BertConfig, BertForMaskedLM, EvalPrediction, XLNetConfig
 
 from exactness import accumulated_gradients, windows_of
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.tasks.packed_rows import pack
+from ftaccum.tasks.reading_direction import faults_of_reading_direction
 from ftaccum.tasks.token_accuracy import TokenAccuracy
 from heads import all_in_float64, relative_error
 from silent_errors.text_columns import REVIEWS, TINY, WORDS, causal_lm, word_tokenizer
@@ -217,11 +218,27 @@ def test_bad_input_is_refused_in_one_sentence(lm: str, bert: str, rows: str, tmp
     options: dict[str, Any]
     for task, model, data, options, error, words in (
         ("causal-lm", lm, rows, {"packing": True}, SettingsError, "`packing` needs `max_length`"),
-        ("causal-lm", lm, rows, pack | {"text_columns": ["text"]}, SettingsError, "`columns=text=text`"),
+        (
+            "causal-lm",
+            lm,
+            rows,
+            pack | {"text_columns": ["text"]},
+            SettingsError,
+            r"`--columns text=text` \(in Python: `columns='text=text'`\)",
+        ),
         ("causal-lm", lm, rows, pack | {"streaming": True}, SettingsError, "`packing` reads all texts, but"),
         ("causal-lm", lm, rows, pack | {"max_length": 99}, SettingsError, "accept at most 32 tokens"),
         ("causal-lm", lm, numbers, pack, DataError, "row 1 has None instead of text in its column 'text'"),
         ("causal-lm", lm, rows, {"columns": ["text=x"]}, DataError, "no column 'x' for the text"),
+        (
+            "causal-lm",
+            lm,
+            rows,
+            {"text_column": "x"},
+            SettingsError,
+            "no option 'text_column'. Did you mean 'text_columns'",
+        ),
+        ("causal-lm", lm, rows, {"n_epochs": 1}, SettingsError, "no option 'n_epochs'. Give settings of the run to"),
         ("causal-lm", lm, blank, pack | {"add_eos_token": False}, DataError, "have no tokens"),
         ("masked-lm", bert, rows, {"tokenizer": lm}, SettingsError, "has no mask token. Choose a model such as BERT"),
         ("masked-lm", bert, rows, {"mlm_probability": 0.0}, SettingsError, "must be a number above 0, up to 1"),
@@ -230,6 +247,25 @@ def test_bad_input_is_refused_in_one_sentence(lm: str, bert: str, rows: str, tmp
             load_task(task, model, data, **options)
     with pytest.raises(SettingsError, match="names 'text', and `columns` names 'text' as text"):
         load_task("masked-lm", bert, rows, columns=["text=text"], text_columns=["text"])
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 6}], ids=["rows", "packed"])
+def test_an_encoder_is_not_trained_to_predict_tokens_that_it_sees(bert: str, rows: str, options: Any) -> None:
+    with pytest.raises(SettingsError, match=r"is an encoder: each token sees the next .*`--task masked-lm`"):
+        load_task("causal-lm", bert, rows, **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**TINY, is_decoder=True),
+        XLNetConfig(vocab_size=len(WORDS), d_model=16, n_layer=1, n_head=2, d_inner=16),
+        BartConfig(vocab_size=len(WORDS), d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_decoder_of_a_type_that_also_has_encoders_is_no_encoder(config: Any) -> None:
+    assert not faults_of_reading_direction(AutoModelForCausalLM.from_config(config))
 
 
 def test_rows_without_text_are_counted_when_packed(lm: str, tmp_path: Path) -> None:

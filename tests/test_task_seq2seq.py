@@ -13,6 +13,7 @@ from tokenizers import processors
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
+from chats import save_chat_model
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.arguments import parse_settings
@@ -193,6 +194,16 @@ def test_options_are_refused_where_they_do_not_fit(model: str, file: str) -> Non
         SettingsError, match="`source_prefix` is an option of the task 'seq2seq', but `task` is 'causal-lm'"
     ):
         load_task("causal-lm", model, file, source_prefix="summarize: ")
+
+
+def test_a_model_of_another_class_is_refused_with_the_tasks_that_fit(file: str, tmp_path: Path) -> None:
+    llama = save_chat_model(tmp_path / "llama")
+    fits = "text-classification, token-classification, question-answering, chat, causal-lm."
+    sentence = (
+        f"is of type 'llama', for which .* no AutoModelForSeq2SeqLM, .* task 'seq2seq' .* of this type are {fits}"
+    )
+    with pytest.raises(SettingsError, match=sentence):
+        load_task("seq2seq", llama, file)
 
 
 def test_rows_without_targets_are_encoded_to_predict(model: str, file: str) -> None:

@@ -121,7 +121,7 @@ def test_a_row_that_does_not_fit_is_named_before_the_model_is_loaded(
     [
         ({"tokens": ["a"], "tags": [0.5]}, "The column of tags in `train_data` holds List(Value('float64'))"),
         ({"tokens": [1], "tags": ["O"]}, "must hold lists of words, or texts of words separated by spaces. Name the"),
-        ({"tokens": "a", "tags": 1}, "Name the column: `columns=tags=NAME`."),
+        ({"tokens": "a", "tags": 1}, "Name the column: `--columns tags=NAME` (in Python: `columns='tags=NAME'`)."),
         ({"tokens": "['a', 'b']", "tags": "['O', 'O']"}, "holds lists that were written as text, such as"),
         ({"tokens": ["a"], "tags": [-100]}, "have no tags at all"),
         ({"tokens": ["a"], "tags": [-1]}, "row 0 has [-1] instead of a tag"),

@@ -17,7 +17,7 @@ from ftaccum import SettingsError, load_task
 from ftaccum.apps.cli import main
 from ftaccum.apps.prediction_file import write_predictions
 from ftaccum.tasks.arguments import NamedArguments, TrainedArguments
-from ftaccum.tasks.columns import named_columns
+from ftaccum.tasks.columns import describe_columns, named_columns
 from ftaccum.tasks.task_of_model import find_task
 from ftaccum.tasks.trained import load_trained
 from silent_errors.text_columns import word_tokenizer
@@ -189,7 +189,9 @@ def test_several_numbers_are_predicted_as_lists(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["eval"], "RUN is required: the output folder of a run, as in `ftaccum eval RUN --data test.csv`."),
-        (["eval", "no/such/folder", "--data", "x.csv"], "There is no folder 'no/such/folder'."),
+        (["eval", "no/such/folder", "--data", "x.csv"], "'no/such/folder': there is no folder 'no/such'."),
+        (["eval", "{run}x", "--data", "x.csv"], "there is no such folder. Do you mean '{run}'?"),
+        (["eval", "nothere", "--data", "x.csv"], "and the hub cannot be reached or has no such model. Check the name."),
         (["eval", "{run}"], "`--data` is required."),
         (["predict", "{run}", "--data", "x.csv"], "`--output` is required."),
         (["predict", "{run}", "--data", "x.csv", "--output", "x.txt"], "`--output` must end in .jsonl, .csv, .parquet"),
@@ -208,7 +210,25 @@ def test_bad_input_is_one_sentence(
     run: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(run=run, rows=run.parent) for word in words]) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence.format(run=run) in capsys.readouterr().err
+
+
+def test_eval_of_an_interrupted_run_says_how_to_finish_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"finished": False}))
+    for has_checkpoint in (False, True):
+        if has_checkpoint:
+            (tmp_path / "checkpoints" / "update-00000001").mkdir(parents=True)
+        assert main(["eval", str(tmp_path), "--data", "x.csv"]) == 2
+        assert ("or finish this one with `--resume auto`." in capsys.readouterr().err) == has_checkpoint
+
+
+def test_a_sentence_on_columns_has_no_empty_list() -> None:
+    assert describe_columns({}, ["text", "label"]) == "Columns: left out: 'text', 'label'"
+    assert describe_columns({"text": "a"}, ["a"]) == "Columns: 'a' as text"
+    assert describe_columns({}, []) == "Columns: none"
 
 
 def test_columns_of_a_task_without_roles_are_refused() -> None:

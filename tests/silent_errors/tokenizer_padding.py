@@ -51,7 +51,7 @@ def gpt2_classifier() -> nn.Module:
     return GPT2ForSequenceClassification(GPT2Config(**_TINY_GPT2, num_labels=2)).double()
 
 
-def llama_classifier(pad_token_id: int) -> nn.Module:
+def llama_classifier(pad_token_id: int | None) -> nn.Module:
     torch.manual_seed(0)
     sizes = TINY | {"pad_token_id": pad_token_id}
     return LlamaForSequenceClassification(LlamaConfig(**sizes, num_key_value_heads=2, num_labels=2)).double()

@@ -16,7 +16,7 @@ class AdapterOptions:
     """The options of adapters. Each of them turns `lora` on."""
 
     lora: Flag = _adapters(False, "train LoRA adapters instead of the model's weights; needs peft")
-    lora_r: PositiveInt | None = _adapters(None, "rank of the adapters; none: 16")
+    lora_r: PositiveInt | None = _adapters(None, "rank of the adapters; lora_alpha stays 32 unless given; none: 16")
     lora_alpha: Positive | None = _adapters(
         None, "scale of the adapters; their output is multiplied by lora_alpha / lora_r; none: 32"
     )

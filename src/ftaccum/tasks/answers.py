@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import DataError
+from .columns import naming
 from .row_warnings import warn_of_rows
 
 _FORMS = (
@@ -75,8 +76,8 @@ def check_texts(rows: Dataset, argument: str) -> None:
         for n, text in enumerate(rows[role]):
             if not isinstance(text, str):
                 raise DataError(
-                    f"In `{argument}`, row {n} has {text!r:.60} instead of a text as its {role}. Name the column, "
-                    f"`columns={role}=NAME`, or fix or drop the row."
+                    f"In `{argument}`, row {n} has {text!r:.60} instead of a text as its {role}. Name the column "
+                    f"with {naming(role)}, or fix or drop the row."
                 )
 
 

@@ -11,9 +11,11 @@ from ..data.tokenize import token_limit
 from ..errors import DataError, refuse
 from ..runtime.log import logger
 from ..settings.recipe import Recipe
+from .columns import naming
 from .generated_text import generated_columns, generation_arguments
 from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
 from .plain_text import PlainText
+from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions
 from .token_accuracy import PredictedTokens, TokenAccuracy
@@ -33,7 +35,7 @@ class CausalLM(PlainText):
         refuse(self._faults(EncodingOptions(recipe.text_columns, recipe.max_length)))
 
     def encode(self, rows: Any, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Any:
-        refuse(self._faults(options))
+        refuse(self._faults(options) + faults_of_reading_direction(model))
         texts = super().encode(rows, argument, processor, model, options)
         if not self.named.packing:
             return texts
@@ -93,6 +95,6 @@ class CausalLM(PlainText):
         if options.text_columns is not None:
             faults.append(
                 f"`text_columns` names {', '.join(map(repr, options.text_columns))}, but `packing` turns the texts "
-                f"into tokens before. Name the column by its role: `columns=text={options.text_columns[0]}`."
+                f"into tokens before. Name the column by its role: {naming('text', options.text_columns[0])}."
             )
         return faults

@@ -14,10 +14,11 @@ from ..errors import DataError, SettingsError, refuse
 from ..objective.item_counts import IGNORE_INDEX
 from .arguments import NamedArguments
 from .chat_tokens import encoded, prompt_tokens
-from .columns import Role
+from .columns import Role, naming
 from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
 from .fast_tokenizer import check_fast
 from .generated_text import generated_columns, generation_arguments
+from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 from .token_accuracy import PredictedTokens, TokenAccuracy
@@ -54,7 +55,7 @@ class Chat(Task):
         """
         if self._template is not None:
             processor.chat_template = self._template  # saved with the model, too
-        refuse(self._faults(processor))
+        refuse(self._faults(processor) + faults_of_reading_direction(model))
         check_fast(processor, self.named.task)
         _check_columns(rows, argument)
         limit = token_limit(processor, model.config, model, options.max_length)
@@ -160,7 +161,7 @@ def _check_columns(rows: Dataset, argument: str) -> None:
     if MESSAGES not in names and not (PROMPT in names and COMPLETION in names):
         raise DataError(
             f"`{argument}` has no column 'messages' or 'conversations', and no columns 'prompt' and 'completion', only "
-            f"{', '.join(map(repr, names))}. Name the conversations: `columns=messages=NAME`."
+            f"{', '.join(map(repr, names))}. Name the conversations: {naming('messages')}."
         )
 
 

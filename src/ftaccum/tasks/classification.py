@@ -1,6 +1,7 @@
 """Tasks that give each row one class, several classes or a number."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from transformers import EvalPrediction
 
 from ..metrics import ClassificationMetrics
+from ..runtime.log import logger
 from .arguments import NamedArguments
 from .labels import MULTI, REGRESSION, SINGLE, Labels
 from .task import EncodingOptions, Task
@@ -36,6 +38,7 @@ class Classification(Task):
     def head(self, train: Dataset) -> dict[str, Any]:
         self.labels = Labels.read(train, "train_data", self.named.problem_type)
         self.metrics = _METRICS[self.labels.problem_type]
+        _warn_of_first_class(self.labels, train["label"])
         return self.labels.head()
 
     def read_config(self, config: Any) -> None:
@@ -62,6 +65,15 @@ class Classification(Task):
         shares /= shares.sum(-1, keepdims=True)
         best = shares.argmax(-1)
         return {"prediction": [config.id2label[int(n)] for n in best], "score": shares.max(-1).tolist()}
+
+
+def _warn_of_first_class(labels: Labels, values: Iterable[Any]) -> None:
+    """Warn if the classes are whole numbers that begin above 0, as the model then has classes without rows."""
+    if not labels.values or type(labels.values[0]) is not int:
+        return
+    least = min(chain.from_iterable(value if isinstance(value, list) else [value] for value in values))
+    if least > 0:
+        logger.warning(f"No row has class 0. Do the labels start at {least:g}?")
 
 
 def multi_label_metrics(evaluated: EvalPrediction) -> dict[str, float]:

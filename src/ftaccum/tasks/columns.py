@@ -20,6 +20,11 @@ class Role:
     required: bool = True
 
 
+def naming(role: str, column: str = "NAME") -> str:
+    """Return how to name the column of a role, on the command line and in Python, for messages."""
+    return f"`--columns {role}={column}` (in Python: `columns='{role}={column}'`)"
+
+
 def named_columns(named: NamedArguments, roles: Mapping[str, Role]) -> dict[str, str]:
     """Return the columns that the options name, by role.
 
@@ -38,7 +43,7 @@ def named_columns(named: NamedArguments, roles: Mapping[str, Role]) -> dict[str,
             faults.append(f"`label_column` is given, but the task {named.task!r} has no labels of that kind.")
         given["label"] = named.label_column
     if faults:
-        remedy = f"Write, for example, `columns={next(iter(roles))}=NAME`." if roles else "Leave it out."
+        remedy = f"Write, for example, {naming(next(iter(roles)))}." if roles else "Leave it out."
         raise SettingsError([f"{fault} {remedy}" for fault in faults])
     return given
 
@@ -65,7 +70,7 @@ def choose_columns(
         elif kind.required or role in given:
             raise DataError(
                 f"`{argument}` has no column {' or '.join(map(repr, names))} for the {role}, only {_listed(columns)}. "
-                f"Name it: `columns={role}=NAME`."
+                f"Name it: {naming(role)}."
             )
     return chosen
 
@@ -74,7 +79,8 @@ def describe_columns(chosen: Mapping[str, str], columns: Sequence[str]) -> str:
     """Return a sentence on which columns are read and which are not."""
     read = ", ".join(f"{column!r} as {role}" for role, column in chosen.items())
     left_out = [name for name in columns if name not in chosen.values()]
-    return f"Columns: {read}" + (f"; left out: {_listed(left_out)}" if left_out else "")
+    parts = [read, f"left out: {_listed(left_out)}" if left_out else ""]
+    return f"Columns: {'; '.join(filter(None, parts)) or 'none'}"
 
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:

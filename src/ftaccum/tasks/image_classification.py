@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..errors import DataError
 from .classification import Classification
-from .columns import Role
+from .columns import Role, naming
 from .task import EncodingOptions
 
 
@@ -31,7 +31,7 @@ class ImageClassification(Classification):
         if not isinstance(rows.features["image"], ImageFeature):
             raise DataError(
                 f"Column 'image' of `{argument}` holds {rows.features['image']}, but must hold images or the paths of "
-                "image files. Name the column: `columns=image=NAME`."
+                f"image files. Name the column: {naming('image')}."
             )
         columns = ["image", *([] if "label" not in rows.column_names else ["label"])]
         return rows.select_columns(columns).with_transform(_Pixels(processor))

@@ -1,10 +1,10 @@
 """Load the rows, the model and the metrics of a task."""
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from datasets import Dataset
@@ -23,6 +23,7 @@ from .model_source import ModelSource
 from .quantization import faults_of_quantization
 from .rows import load_rows
 from .task import EncodingOptions, Task
+from .task_classes import task_class
 
 # The settings that loading depends on.
 _SETTINGS = (
@@ -31,6 +32,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_SIMILAR = 0.85  # with less, a name often means another quantity
 _TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
 
 
@@ -79,13 +81,6 @@ def make_task(named: NamedArguments) -> Task:
     return task_class(named.task)(named)
 
 
-def task_class(name: str) -> type[Task]:
-    """Return the class of a task, which is one of `TASKS`."""
-    module, _, class_name = TASKS[name].partition(":")
-    found: type[Task] = getattr(import_module(module), class_name)
-    return found
-
-
 def load_task(task: str, model: str, train_data: str, val_data: str | None = None, **options: Any) -> Loaded:
     """Load the model, the rows and the metrics of a task, as `ftaccum train` does.
 
@@ -106,19 +101,18 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
     known = {f.name for f in fields(TrainArguments)}
     settings = {name: value for name, value in given.items() if name not in known}
-    refuse(
-        [
-            f"`load_task` has no option {name!r}. Give settings of the run to `test_fine_tuning`."
-            for name in settings
-            if name not in _SETTINGS
-        ]
-    )
+    refuse([f"`load_task` has no option {name!r}. {_hint(name, known)}" for name in settings if name not in _SETTINGS])
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     loaded = load(named, settings)
     # `test_fine_tuning` tokenises the texts of some tasks.
     text = {name: settings[name] for name in _TEXT_SETTINGS if name in settings}
     return replace(loaded, more=loaded.more | text)
+
+
+def _hint(unknown: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(unknown, [*known, *_SETTINGS], 1, _SIMILAR)
+    return f"Did you mean {near[0]!r}?" if near else "Give settings of the run to `test_fine_tuning`."
 
 
 def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:

@@ -12,6 +12,7 @@ from ..runtime.library_output import load_report_withheld
 from ..runtime.log import logger
 from ..runtime.sharding.launcher import hidden_modes
 from .arguments import ModelArguments
+from .model_names import check_name, fault_of_class
 from .new_weights import NewWeights
 from .quantization import quantization_config
 
@@ -56,6 +57,9 @@ class ModelSource:
         """
         named = self.arguments
         name = named.tokenizer or named.model
+        check_name("model", named.model, named.revision)
+        if named.tokenizer:
+            check_name("tokenizer", named.tokenizer, asks_hub=False)
         try:
             processor = self.processor_class.from_pretrained(name, **self._hub(name == named.model))
         except Exception as error:  # libraries and code of the hub may raise anything
@@ -91,7 +95,8 @@ class ModelSource:
                     named.model, dtype=dtype, output_loading_info=True, **self._hub(True), **more
                 )
         except Exception as error:  # libraries and code of the hub may raise anything
-            raise _cannot_load("model", named.model, error) from error
+            fault = fault_of_class("model", named.model, self.model_class, getattr(named, "task", None))
+            raise SettingsError([fault]) if fault else _cannot_load("model", named.model, error) from error
         if new := NewWeights.of(model, report):
             logger.log(new.level, new)
         self._fit_to(processor, model)

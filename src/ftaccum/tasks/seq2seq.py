@@ -15,7 +15,7 @@ from ..runtime.accelerator import is_first_process
 from ..runtime.log import logger
 from ..settings.recipe import Recipe
 from .arguments import NamedArguments
-from .columns import Role
+from .columns import Role, naming
 from .generated_text import generated_columns, generation_arguments
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
@@ -155,7 +155,7 @@ def _check_texts(rows: Dataset, argument: str) -> None:
                 continue
             remedy = "Fix or drop the row."
             if isinstance(value, Mapping):
-                remedy = "Make a column of each of its texts, and name them: `columns=source=NAME,target=NAME`."
+                remedy = f"Make a column of each of its texts, and name them: {naming('source', 'NAME,target=NAME')}."
             raise DataError(f"In `{argument}`, row {n} has {show(value)} instead of a text as its {role}. {remedy}")
 
 

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 from ..errors import DataError
 from ..objective.item_counts import IGNORE_INDEX
 from ..runtime.log import logger
+from .columns import naming
 from .entities import order_of_tag
 
 _NAMED = 12  # tags to name in a message
@@ -39,7 +40,7 @@ class Tags:
         counts = Counter(tag for _, tags in words_and_tags(rows, argument) for tag in tags)
         counts.pop(str(IGNORE_INDEX), None)
         if not counts:
-            raise DataError(f"The rows of `{argument}` have no tags at all. Check the column: `columns=tags=NAME`.")
+            raise DataError(f"The rows of `{argument}` have no tags at all. Check the column: {naming('tags')}.")
         given = class_names(rows)
         if given is None and all(name.isdecimal() for name in counts):
             tags = cls(tuple(map(str, range(max(map(int, counts)) + 1))))
@@ -133,7 +134,7 @@ def _check_column(rows: Dataset, argument: str, role: str) -> None:
         ("string", "large_string") if role == "tokens" or not is_list else ("string", "large_string", "int", "uint")
     )
     fits = (is_list or isinstance(feature, Value)) and dtype.rstrip("0123456789") in allowed
-    remedy = f"Name the column: `columns={role}=NAME`."
+    remedy = f"Name the column: {naming(role)}."
     if not fits:
         raise DataError(f"The column of {role} in `{argument}` holds {feature}, but must hold {_KINDS[role]}. {remedy}")
     first = next(iter(rows.select_columns([role])[:1][role]), None)

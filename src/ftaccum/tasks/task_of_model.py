@@ -11,7 +11,8 @@ from ..runtime.log import logger
 from ..tracking.auto_classes import AutoClass, auto_class_named, auto_class_of_adapters
 from ..tracking.saved_model import ADAPTER
 from .arguments import TASKS
-from .load import task_class
+from .model_names import check_name
+from .task_classes import task_class
 
 
 def find_task(run: str, model: str) -> str:
@@ -22,8 +23,9 @@ def find_task(run: str, model: str) -> str:
         model: the folder or the hub name of the model, or a folder of adapters.
 
     Raises:
-        SettingsError: if there is no such task, or if several tasks have the same head.
+        SettingsError: if there is no such model or task, or if several tasks have the same head.
     """
+    check_name("RUN", model)
     auto_class = _auto_class(model)
     found = [] if auto_class is None else [task for task in TASKS if _has_head(task, auto_class)]
     if len(found) != 1:

@@ -18,6 +18,7 @@ from .adapter_folder import load_with_base
 from .arguments import TrainArguments, TrainedArguments
 from .columns import choose_columns, describe_columns
 from .load import make_task
+from .model_names import missing_folder
 from .model_source import ModelSource
 from .reading.options import ReadingOptions
 from .reading.rows import read_rows
@@ -105,14 +106,16 @@ def _find(run: str) -> tuple[RunRecord | None, str]:
     run_dir = RunDir(path)
     if not path.is_dir():
         if len(path.parts) > 2 or run.startswith((".", "/", "~")):
-            raise SettingsError([f"There is no folder {run!r}. Give the output folder of a run, or a model."])
+            raise SettingsError([f"{run!r}: {missing_folder(path)} Give the output folder of a run, or a model."])
         return None, run  # a name on the hub
     record = RunRecord.read(run_dir.record)
     for folder in (run_dir.model, run_dir.adapter, path):
         if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
             return record, str(folder)
+    is_resumable = record is not None and not record.finished and any(run_dir.checkpoints.glob("update-*"))
+    finish = ", or finish this one with `--resume auto`" if is_resumable else ""
     raise SettingsError(
-        [f"{run!r} has no trained model: there is no `model/` in it. Give the output folder of a finished run."]
+        [f"{run!r} has no trained model: there is no `model/` in it. Give the output folder of a finished run{finish}."]
     )
 
 

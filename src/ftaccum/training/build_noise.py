@@ -51,14 +51,16 @@ def _of_length(noise_scale: int | str, n_windows: int) -> str | None:
     """Return why a run of this length is not measured; None if it is."""
     every = _every(noise_scale)
     smaller = max(1, n_windows // (2 * LEAST_MEASURED))
-    if noise_scale == "auto" and n_windows < AUTO_LEAST_WINDOWS:
+    is_short = noise_scale == "auto" and n_windows < AUTO_LEAST_WINDOWS
+    if n_windows < LEAST_MEASURED and (is_short or n_windows < every):
+        auto = f", and 'auto' {AUTO_LEAST_WINDOWS}" if is_short else ""
+        return f"the run has {n_windows} updates. An estimate needs at least {LEAST_MEASURED}{auto}. Train longer"
+    if is_short:
         why = f"the run has {n_windows} updates, and `noise_scale` 'auto' needs {AUTO_LEAST_WINDOWS}"
     elif n_windows < every:
         why = f"the run has {n_windows} updates, and the first measurement would be at update {every}"
     else:
         return None
-    if n_windows < LEAST_MEASURED:
-        return f"{why}. An estimate needs {LEAST_MEASURED} or more: train longer"
     return f"{why}. Train with `noise_scale={smaller}`, the number of updates from one measurement to the next"
 
 

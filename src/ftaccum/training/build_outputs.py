@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 from ..errors import OutputWarning, warn_user
 from ..insight.run_metadata import Named
 from ..runtime.log import logger
+from ..runtime.run_dir import RunDir
 from ..tracking.hub import check_hub
 from ..tracking.ledger import Ledger
 from ..tracking.publishing import publish
@@ -21,6 +23,15 @@ _NOT_REPEATABLE = (
     "resumed run will get other random numbers than an uninterrupted one. To make it repeatable, use the global "
     "generators of `random`, `numpy.random` or `torch`."
 )
+
+
+def _warn_of_replaced(run_dir: RunDir, resumed_from: Path | None) -> None:
+    """Warn if the folder holds a finished run that the new one does not continue."""
+    if resumed_from is not None and run_dir.path.resolve() in resumed_from.resolve().parents:
+        return
+    earlier = RunRecord.read(run_dir.record)
+    if earlier is not None and earlier.finished:
+        logger.warning(f"Replaces the finished run in {str(run_dir.path)!r}: {earlier.describe_subject()}.")
 
 
 class RunWithOutputs(EvaluatedSetup):
@@ -56,6 +67,7 @@ class RunWithOutputs(EvaluatedSetup):
         ledger.keep_in(self.run_dir.ledger)
         ledger.catch_up()
         if self._record is not None:
+            _warn_of_replaced(self.run_dir, self.resume_point.path)
             self._record.write(self.run_dir.record)
         self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
         if not self.data.train.repeats:

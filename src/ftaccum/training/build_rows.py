@@ -13,11 +13,12 @@ from ..data.labels import settle_labels
 from ..data.text_columns import TextColumns, choose_columns, is_raw_text
 from ..data.text_encoder import TextEncoder
 from ..data.tokenize import token_limit, tokenize
-from ..errors import DataError
+from ..errors import DataError, refuse
 from ..objective.model_forward import accepted_arguments
 from ..planning.shuffle import hold_out
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
+from ..tasks.reading_direction import faults_of_reading_direction
 from .config import Components, RunConfig
 
 
@@ -51,6 +52,7 @@ def build_rows(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
 
     Raises:
         DataError: if the data are not rows, or are raw text that cannot be tokenised.
+        SettingsError: if the model should learn to predict the next token of raw text, but sees it.
     """
     components, recipe = config.components, config.recipe
     reader = _TextReader(components, recipe, config.runtime, accelerator)
@@ -129,6 +131,8 @@ class _TextReader:
                 f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise "
                 "first."
             )
+        if self.components.is_causal_lm:
+            refuse(faults_of_reading_direction(model))
         columns = choose_columns(rows.table, rows.argument, named, next_token=self.components.is_causal_lm)
         encoder = TextEncoder(tokenizer, token_limit(tokenizer, config, model, self.recipe.max_length), self.end)
         is_main = self.accelerator.is_main_process

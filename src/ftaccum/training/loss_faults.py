@@ -18,6 +18,7 @@ from .config import Components
 
 # Parts of PyTorch's messages about integer or boolean labels given to a loss that compares floats.
 _NOT_FLOATS = ("can't be cast to the desired output type", "two bool tensors", "Found dtype Long", "but found Long")
+_NO_PADDING = "no padding token is defined"  # part of Transformers' message for its classifiers
 
 
 def loss_fault(
@@ -78,6 +79,13 @@ def _remedies(components: Components, forward: ModelForward, row: Batch, error: 
     model, loss_fn, labels = components.model, components.loss_fn, targets_of(row)
     if _is_of_torch(loss_fn) and isinstance(error, TypeError) and "must be Tensor" in str(error):
         yield _of_two_tensors(model, loss_fn, row, forward.accepted or ())
+    if loss_fn is not None and not isinstance(forward, WindowForward):
+        yield from _of_arguments(loss_fn, row, error)
+    if _NO_PADDING in str(error):
+        yield (
+            "Set a padding token, such as the end-of-text token: `tokenizer.pad_token = tokenizer.eos_token` and "
+            "`model.config.pad_token_id = tokenizer.pad_token_id`."
+        )
     if labels is None:
         return
     if any(words in str(error) for words in _NOT_FLOATS) and not labels.is_floating_point():
@@ -94,6 +102,17 @@ def _remedies(components: Components, forward: ModelForward, row: Batch, error: 
             f"The columns {leading} of the row begin with a dimension of 1, which `return_tensors='pt'` adds. Give "
             "`column[0]` of each."
         )
+
+
+def _of_arguments(loss_fn: Any, row: Batch, error: Exception) -> Iterator[str]:
+    """Yield the remedies for a `loss_fn` that takes other arguments, or reads columns that the batch lacks."""
+    is_dict = isinstance(row, Mapping)
+    if isinstance(error, KeyError) and is_dict:
+        yield f"The batch that `loss_fn` gets has the columns {', '.join(map(repr, row))}."
+    function = getattr(type(loss_fn), "forward", loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+    name = getattr(function, "__qualname__", None)
+    if isinstance(error, TypeError) and "positional argument" in str(error) and f"{name}()" in str(error):
+        yield f"`loss_fn` is called with two arguments: (outputs, {'batch' if is_dict else 'targets'})."
 
 
 def _is_of_torch(loss_fn: Any) -> bool:

@@ -16,7 +16,7 @@ _DESCRIPTION = (
     "in one batch. The rows are split as in training, one by one, and in random orders and sizes. Shorter windows\n"
     "test an epoch's last update. The table also shows the errors of `loss / k` and of Transformers' Trainer.\n"
     "The model runs in train mode without dropout, in float64 if possible, and is not trained. If the rows of an\n"
-    "update do not fit in memory together, fewer of them are compared.\n\n"
+    "update do not fit in memory together, fewer of them are compared. This can take minutes on a CPU.\n\n"
     "Exit status: 0 if accumulating is exact up to rounding, 1 if it is not, 2 for bad input."
 )
 

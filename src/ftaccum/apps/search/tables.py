@@ -162,7 +162,7 @@ def summarize(study: Study) -> str:
     if best is not None:
         parameters = ", ".join(f"{name} {format_value(value)}" for name, value in best.params.items())
         lines = [
-            f"{f'best {name}':<21} {format_value(best.values[0])} (trial {best.number})",
+            f"{f'best {name}':<21} {format_value(best.values[0])} (trial {best.number}, of those that finished)",
             f"best parameters       {parameters}",
             f"effective batch size  {best.user_attrs.get('effective_batch_size')}",
         ]
