@@ -1,4 +1,4 @@
-"""What the name of a model stands for: a folder, or a repository on the hub; and errors if it stands for none."""
+"""The folder or the repository on the hub that the name of a model stands for, and errors if there is none."""
 
 import re
 from pathlib import Path
@@ -84,6 +84,6 @@ def _is_of_absence(error: OSError) -> bool:
     )
 
 
-def _hint(path: Path, otherwise: str) -> str:
+def _hint(path: Path, fallback: str) -> str:
     near = [name for name in near_names(path) if Path(name).is_dir()]
-    return f"Do you mean {' or '.join(map(repr, near))}?" if near else otherwise
+    return f"Do you mean {' or '.join(map(repr, near))}?" if near else fallback
