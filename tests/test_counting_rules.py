@@ -1,0 +1,135 @@
+"""Losses that leave out or weight items by a rule, where rows show several rules that may be the one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftaccum import SettingsError
+from ftaccum.data.dataset import Rows
+from ftaccum.data.further_rows import further_rows
+from silent_errors.case import update_error
+
+Columns = dict[str, Tensor]
+LossFn = Callable[[Tensor, Columns], Tensor]
+N_ROWS = 300
+RARE = [37, 111, 202, 203, 255]
+
+
+def columns(n_rows: int = N_ROWS, **others: Tensor) -> Columns:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(n_rows, 6, generator=draw, dtype=torch.float64)
+    return {"x": x, "labels": torch.randn(n_rows, generator=draw, dtype=torch.float64), **others}
+
+
+def ones_but(zeros: list[int], *size: int, n_rows: int = N_ROWS, dtype: torch.dtype = torch.float64) -> Tensor:
+    found = torch.ones(n_rows, *size, dtype=dtype)
+    found[zeros] = 0
+    return found
+
+
+def error_of(loss_fn: LossFn, whole: Columns, n_outputs: int = 1, **arguments: Any) -> float:
+    """Return the relative error of an update of all rows, compared with one batch."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, n_outputs)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    torch.manual_seed(0)
+    n_rows = len(whole["x"])
+    rows = [{name: column[n] for name, column in whole.items()} for n in range(n_rows)]
+    return update_error(
+        Net(), rows, lambda model: loss_fn(model(whole["x"]), whole), n_rows, batch_size=4, loss_fn=loss_fn, **arguments
+    )
+
+
+def squares(outputs: Tensor, batch: Columns) -> Tensor:
+    return (outputs if batch["labels"].ndim > 1 else outputs[:, 0]).sub(batch["labels"]).square()
+
+
+def weighted(name: str) -> LossFn:
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        weights = batch[name].double()
+        return (weights * squares(outputs, batch)).sum() / weights.sum()
+
+    return loss_fn
+
+
+def weighted_classes(outputs: Tensor, batch: Columns) -> Tensor:
+    losses = F.cross_entropy(outputs, batch["labels"], reduction="none")
+    return (batch["w"] * losses).sum() / batch["w"].sum()
+
+
+@pytest.mark.parametrize("zeros", [RARE[:1], RARE, list(range(0, N_ROWS, 5))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long, torch.bool])
+def test_a_weight_of_0_or_1_is_not_taken_for_a_measurement_that_the_loss_leaves_out(
+    zeros: list[int], dtype: torch.dtype
+) -> None:
+    assert error_of(weighted("w"), columns(w=ones_but(zeros, dtype=dtype))) <= 1e-9
+
+
+def test_weights_of_elements_are_not_taken_for_measurements_that_the_loss_leaves_out() -> None:
+    mask = ones_but([], 5)
+    mask[RARE, 2:], mask[17, 1] = 0, 0
+    labels = torch.randn(N_ROWS, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert error_of(weighted("mask"), columns(labels=labels, mask=mask), 5) <= 1e-9
+
+
+@pytest.mark.parametrize("zeros", [RARE[:1], RARE])
+def test_a_weight_of_0_is_not_taken_for_a_class_that_the_loss_leaves_out(zeros: list[int]) -> None:
+    whole = columns(labels=torch.arange(N_ROWS) % 41, w=ones_but(zeros))
+    assert error_of(weighted_classes, whole, 41) <= 1e-9
+
+
+def test_a_class_that_the_loss_leaves_out_is_not_taken_for_a_flag_that_some_of_its_rows_have() -> None:
+    labels = torch.arange(N_ROWS) % 7
+    labels[RARE] = 7  # the first of them has the flag, too
+
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        return F.cross_entropy(outputs, batch["labels"], ignore_index=7)
+
+    assert error_of(loss_fn, columns(labels=labels, w=ones_but(RARE[:1])), 7) <= 1e-9
+    assert error_of(loss_fn, columns(labels=labels, w=ones_but(RARE[:3])), 7) <= 1e-9
+
+
+def test_a_flag_is_not_taken_for_another_one_that_some_of_its_rows_have() -> None:
+    whole = columns(other=ones_but(RARE[1:2]), w=ones_but(RARE), most=ones_but([*RARE, 17]))
+    assert error_of(weighted("w"), whole) <= 1e-9
+
+
+def test_rows_that_an_input_leaves_out_are_reported_and_no_label_is_blamed() -> None:
+    whole = columns(w=torch.ones(N_ROWS, dtype=torch.float64))
+    whole["w"][RARE] = whole["x"][RARE, 0] = 9.0
+
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        return squares(outputs, batch)[batch["x"][:, 0] < 9].mean()
+
+    assert error_of(loss_fn, whole) <= 1e-9, "the column tells the same rows apart"
+    whole["w"][[17, 18]] = 9.0
+    with pytest.raises(SettingsError, match="`count_items`"):
+        error_of(loss_fn, whole)
+
+
+def test_further_rows_tell_rules_apart_and_are_not_measured_twice() -> None:
+    draw = np.random.RandomState(0)
+    rows = [
+        {"x": 0.1, "w": float(n not in (4, 9, 30)), "label": 17 if n in (4, 9, 50, 51) else n % 5} for n in range(99)
+    ]
+    draw.shuffle(rows)
+    places = lambda keep: {n for n, row in enumerate(rows) if keep(row)}
+    only_w, only_label = (
+        places(lambda row: not row["w"] and row["label"] != 17),
+        places(lambda row: row["label"] == 17 and row["w"]),
+    )
+    both = places(lambda row: row["label"] == 17 and not row["w"])
+    found = further_rows(Rows("train_data", rows), [("w", [0.0]), ("labels", [17.0])], sorted(both)[:1])
+    assert set(found) == only_w | only_label | set(sorted(both)[1:])
+    assert further_rows(Rows("train_data", rows), [("absent", [0.0])], []) == []
