@@ -1,5 +1,6 @@
 """Losses that leave out or weight items by a rule, where rows show several rules that may be the one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 
 from ftaccum import SettingsError
 from ftaccum.data.dataset import Rows
 from ftaccum.data.further_rows import further_rows
+from ftaccum.data.rare_rows import RareRows
 from silent_errors.case import update_error
 
 Columns = dict[str, Tensor]
@@ -116,6 +119,117 @@ def test_rows_that_an_input_leaves_out_are_reported_and_no_label_is_blamed() -> 
     whole["w"][[17, 18]] = 9.0
     with pytest.raises(SettingsError, match="`count_items`"):
         error_of(loss_fn, whole)
+
+
+def without(missing: float) -> LossFn:
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        labels = batch["labels"]
+        known = ~labels.isnan() if missing != missing else labels != missing
+        return F.mse_loss(outputs.reshape(labels.shape)[known], labels[known])
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -999.0, 0.0])
+@pytest.mark.parametrize("n_outputs", [1, 4])
+def test_measurements_that_are_missing_in_a_few_rows_are_left_out_of_the_mean(missing: float, n_outputs: int) -> None:
+    whole = columns()
+    if n_outputs > 1:
+        whole["labels"] = torch.randn(N_ROWS, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        whole["labels"][RARE, 1] = missing
+    else:
+        whole["labels"][RARE] = missing
+    assert error_of(without(missing), whole, n_outputs) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_numbers_that_are_missing_in_a_few_rows_are_left_out_of_the_mean(dtype: torch.dtype) -> None:
+    labels = (torch.arange(N_ROWS) % 5).to(dtype)
+    labels[RARE] = -1
+
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        return F.cross_entropy(outputs, batch["labels"].long(), ignore_index=-1)
+
+    assert error_of(loss_fn, columns(labels=labels), 5) <= 1e-9
+
+
+def masked(outputs: Tensor, batch: Columns) -> Tensor:
+    weights = batch["mask"].double()
+    return (weights * (outputs - batch["y"]).square()).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("others", [{}, {"labels": torch.arange(N_ROWS) % 3}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool])
+def test_a_mask_over_several_numbers_of_a_row_is_found_without_labels_of_its_shape(
+    others: Columns, dtype: torch.dtype
+) -> None:
+    mask, whole = ones_but([], 5), columns()
+    mask[RARE, 3:] = 0
+    whole = {"x": whole["x"], "y": whole["x"][:, :5].flip(0), "mask": mask.to(dtype), **others}
+    assert error_of(masked, whole, 5) <= 1e-9
+
+
+def test_numbers_that_are_missing_in_a_column_with_a_name_of_its_own_are_left_out_of_the_mean() -> None:
+    whole = columns()
+    whole = {"x": whole["x"], "y": whole["x"][:, :5].flip(0)}
+    whole["y"][RARE, 2] = math.nan
+
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        known = ~batch["y"].isnan()
+        return F.mse_loss(outputs[known], batch["y"][known])
+
+    assert error_of(loss_fn, whole, 5) <= 1e-9
+
+
+def test_a_weight_of_0_is_found_in_rows_with_more_classes_than_are_measured() -> None:
+    whole = columns(labels=torch.arange(N_ROWS) % 100, w=ones_but(RARE))
+    assert error_of(weighted_classes, whole, 100) <= 1e-9
+
+
+def test_a_weight_of_0_is_found_if_weights_of_other_rows_are_fractions() -> None:
+    whole = columns(w=ones_but(RARE))
+    whole["w"][[0, 60, 99]] = 0.5
+    assert error_of(weighted("w"), whole) <= 1e-9
+
+
+def below(threshold: float) -> LossFn:
+    return lambda outputs, batch: squares(outputs, batch)[batch["labels"] < threshold].mean()
+
+
+def test_a_loss_that_leaves_out_large_labels_is_reported() -> None:
+    labels = columns()["labels"]
+    labels[RARE] = torch.tensor([7.1, 7.2, 7.3, 7.4, 7.5], dtype=torch.float64)
+    with pytest.raises(SettingsError, match="row 255: 0 times"):
+        error_of(below(7.0), columns(labels=labels))
+
+
+def test_a_product_of_two_masks_is_reported() -> None:
+    def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
+        weights = batch["v"] * batch["w"]
+        return (weights * squares(outputs, batch)).sum() / weights.sum()
+
+    with pytest.raises(SettingsError, match="`count_items`"):
+        error_of(loss_fn, columns(v=ones_but(RARE[:2]), w=ones_but(RARE[2:])))
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_one_missing_number_of_10_000_is_measured_and_few_other_measurements(as_table: bool) -> None:
+    drawn = np.random.RandomState(0).randn(10_000, 2)
+    drawn[7777, 0], drawn[40, 1] = math.nan, math.inf
+    rows = [{"x": [0.5], "labels": label, "age": age} for label, age in drawn.tolist()]
+    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, ())
+    extremes = {int(np.nanargmin(drawn[:, 0])), int(np.nanargmax(drawn[:, 0])), int(drawn[:, 1].argmin())}
+    assert {7777, 40, *extremes} <= set(found.positions)
+    assert len(found.positions) < 8
+    assert not found.not_looked_at
+
+
+def test_labels_leave_some_of_the_measured_rows_to_other_columns() -> None:
+    rows = [{"x": [0.5], "labels": n % 200, "w": float(n != 333), "kind": n % 7} for n in range(800)]
+    found = RareRows.of(Rows("train_data", rows), -100, ())
+    assert 333 in found.positions
+    assert len(found.positions) == 65
+    assert {rows[n]["kind"] for n in found.positions} == set(range(7))
 
 
 def test_further_rows_tell_rules_apart_and_are_not_measured_twice() -> None:

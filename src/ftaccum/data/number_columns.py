@@ -1,7 +1,9 @@
 """The columns of rows as arrays of numbers, to search all rows for values at once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ _LAZY_ROWS = 256  # to look at, if fetching a row computes it
 _FETCHED_ROWS = 50_000  # to look at, if they are in memory, but not in a table
 _MOST_NUMBERS = 10_000_000  # a column with more is left out; this many take half a second
 
+_SAMPLED, _MOST_OFTEN = 100_000, 4  # numbers among which those are looked for that occur often, and how many of these
+
 Values = dict[Any, tuple[int, int]]  # value → how often it occurs, and the shortest row that has it
 
 
@@ -30,13 +34,21 @@ class NumberColumn:
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> "NumberColumn | None":
         """Return the column; None if a row holds anything but numbers, or if there are too many numbers."""
-        if len({type(value) for value in values}) == 1 and isinstance(values[0], int | float):
+        types = {type(value) for value in values}
+        if len(types) == 1 and isinstance(values[0], int | float):
             return cls(np.array(values), np.arange(len(values) + 1))  # one conversion for all, which is faster
-        arrays = [numbers_of(value) for value in values]
+        if (first := numbers_of(values[0])) is not None and first.size * len(values) > 2 * _MOST_NUMBERS:
+            return None  # before all of them are converted
+        if types == {Tensor} and len({(value.shape, value.dtype, value.device) for value in values}) == 1:
+            arrays = [numbers_of(torch.stack(list(values)))]
+            sizes = [values[0].numel()] * len(values)
+        else:
+            arrays = [numbers_of(value) for value in values]
+            sizes = [0 if array is None else array.size for array in arrays]
         known = [array.ravel() for array in arrays if array is not None and array.dtype.kind in "iufb"]
-        if len(known) < len(arrays) or sum(array.size for array in known) > _MOST_NUMBERS:
+        if len(known) < len(arrays) or sum(sizes) > _MOST_NUMBERS:
             return None
-        return cls(np.concatenate(known), np.cumsum([0, *(array.size for array in known)]))
+        return cls(np.concatenate(known), np.cumsum([0, *sizes]))
 
     @classmethod
     def of_table(cls, table: Dataset, name: str) -> "NumberColumn | None":
@@ -65,6 +77,53 @@ class NumberColumn:
         columns = (found[name].to_pylist() for name in ("value", "rank_count", "rank_min"))
         return {_key(value): (count, int(by_length[rank])) for value, count, rank in zip(*columns, strict=True)}
 
+    @cached_property
+    def has_fractions(self) -> bool:
+        """Whether any number is not whole, as those of measurements are."""
+        return self.numbers.dtype.kind == "f" and bool(np.any(self.numbers[np.isfinite(self.numbers)] % 1))
+
+    def nonfinite(self, lengths: np.ndarray) -> Values:
+        """Return those of the values NaN, inf and -inf that occur. The arguments are those of `values`."""
+        if self.numbers.dtype.kind != "f" or np.isfinite(self.numbers).all():
+            return {}
+        return self._found([math.nan, math.inf, -math.inf], lengths)
+
+    def of_measurement(self, lengths: np.ndarray) -> Values:
+        """Return the values of a column of measurements that may stand for something else than a measurement.
+
+        These are NaN, infinities, the smallest and the largest number, and up to four numbers that occur most often, if
+        they do so more than once among 100,000. Such numbers are often written where a measurement is missing. The
+        median is returned as well, as the most frequent one.
+        """
+        finite = self.numbers[np.isfinite(self.numbers)]
+        if not len(finite):
+            return self.nonfinite(lengths)
+        places = np.unique(np.random.RandomState(0).randint(len(finite), size=_SAMPLED))
+        distinct, counts = np.unique(finite if len(finite) <= _SAMPLED else finite[places], return_counts=True)
+        often = [n for n in np.argsort(-counts, kind="stable")[:_MOST_OFTEN] if counts[n] > 1]
+        numbers = [finite.min(), finite.max(), *distinct[often]]
+        return self.nonfinite(lengths) | self._found(numbers, lengths)
+
+    def typical_row(self, lengths: np.ndarray) -> int:
+        """Return the shortest row that has the median, and only finite numbers if there is such a row."""
+        finite = self.numbers[np.isfinite(self.numbers)]
+        middle = np.partition(finite, len(finite) // 2)[len(finite) // 2] if len(finite) else math.nan
+        rows = self._owners(self.numbers == middle if len(finite) else np.isnan(self.numbers))
+        whole = rows[~np.isin(rows, self._owners(~np.isfinite(self.numbers)))]
+        return _shortest(whole if len(whole) else rows, lengths)
+
+    def _found(self, values: Sequence[float], lengths: np.ndarray) -> Values:
+        found: Values = {}
+        for value in values:
+            rows = self._owners(self.numbers == value if value == value else np.isnan(self.numbers))
+            if len(rows):
+                found[_key(value)] = len(rows), _shortest(rows, lengths)
+        return found
+
+    def _owners(self, are_wanted: np.ndarray) -> np.ndarray:
+        """Return the row of each number that is wanted."""
+        return np.searchsorted(self.starts, np.flatnonzero(are_wanted), side="right") - 1
+
     def values_of(self, rows: Sequence[int]) -> set[Any]:
         """Return the distinct values of some rows; None stands for NaN."""
         return {_key(v) for row in rows for v in self.numbers[self.starts[row] : self.starts[row + 1]].tolist()}
@@ -74,8 +133,7 @@ class NumberColumn:
         exact = np.float32 if self.numbers.dtype.kind == "f" else np.float64
         wanted, numbers = np.array(values, dtype=exact), self.numbers.astype(exact)
         found = np.isin(numbers, wanted) | (np.isnan(numbers) & np.isnan(wanted).any())
-        owners = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-        return np.bincount(owners[found], minlength=len(self.starts) - 1) > 0
+        return np.bincount(self._owners(found), minlength=len(self.starts) - 1) > 0
 
 
 @dataclass(frozen=True)
@@ -131,5 +189,9 @@ def numbers_of(value: Any) -> np.ndarray | None:
         return None
 
 
+def _shortest(rows: np.ndarray, lengths: np.ndarray) -> int:
+    return int(rows[lengths[rows].argmin()])
+
+
 def _key(value: Any) -> Any:
-    return value if value == value else None  # NaN does not equal itself
+    return float(value) if isinstance(value, np.floating) and value == value else value if value == value else None

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..errors import DataError
 from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, targets_of
+from .prefixed import is_tokens_column
 
 TARGETS = "labels"  # the name of the targets, also of those in a tuple
 _MOST_VALUES = 100  # distinct values in a column, to try each as the one that the loss ignores
+_MOST_ELEMENTS = 100_000  # numbers in a column that has several per row, and is none of labels
 _SHOWN = 6  # weights, in a message
 
 
@@ -27,16 +29,21 @@ class Items:
         column: the column that the rule depends on.
         shifted: whether the first label of a row is no item, because logits predict the next one.
         ignore_index: the label that the loss is known to ignore.
+        name: how messages name the items.
     """
 
     column: str
     shifted: bool
     ignore_index: int
+    name: str = "labels"
 
     def values(self, batch: Batch) -> Tensor:
-        """Return the column's value for each item. A single number per row is repeated for each label of the row."""
+        """Return the column's value for each item. A single number per row is repeated for each label of the row.
+
+        The items of a column of another shape are its own elements.
+        """
         values, targets = column_of(batch, self.column), targets_of(batch)
-        if targets is None:
+        if targets is None or values.shape not in (targets.shape, targets.shape[:1]):
             return values.flatten()
         if values.shape != targets.shape:
             values = values.reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets)
@@ -45,7 +52,7 @@ class Items:
         return values[targets != self.ignore_index]
 
     def __str__(self) -> str:
-        return AFTER_SHIFT if self.shifted else "labels"
+        return AFTER_SHIFT if self.shifted else self.name
 
 
 class Rule(Protocol):
@@ -161,20 +168,32 @@ def column_of(batch: Batch, name: str) -> Tensor:
 
 
 def items_of(batch: Batch, ignore_index: int) -> list[Items]:
-    """Return items for each column that a rule may depend on: labels, and columns with a number per row or label."""
-    targets = targets_of(batch)
-    shapes = {None if targets is None else targets.shape}
-    n_rows = next(iter(_tensors(batch).values())).shape[:1]
-    names = [
-        name
-        for name, values in _tensors(batch).items()
-        if name not in TOKEN_COLUMNS and (name == TARGETS or values.shape in (*shapes, n_rows))
-    ]
-    names.sort(key=lambda name: name != TARGETS)
+    """Return items for each column that a rule may depend on.
+
+    These are the labels, columns with a number per row or per label, columns of 0 and 1 and, if there are no labels,
+    columns with several numbers per row.
+    """
+    targets, tensors = targets_of(batch), _tensors(batch)
     can_shift = targets is not None and targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
-    return [
-        Items(name, shifted, ignore_index) for name in names for shifted in ((False, True) if can_shift else (False,))
-    ]
+    n_rows = next(iter(tensors.values())).shape[:1]
+    found = []
+    for name, values in sorted(tensors.items(), key=lambda column: column[0] != TARGETS):
+        if name in TOKEN_COLUMNS:
+            continue
+        if name == TARGETS or (targets is not None and values.shape in (targets.shape, n_rows)):
+            found += [Items(name, shifted, ignore_index) for shifted in ((False, True) if can_shift else (False,))]
+        elif values.shape == n_rows:
+            found.append(Items(name, False, ignore_index, "rows"))
+        elif not is_tokens_column(str(name), tensors) and _may_weight(values, has_labels=targets is not None):
+            found.append(Items(name, False, ignore_index, "elements"))
+    return found
+
+
+def _may_weight(values: Tensor, *, has_labels: bool) -> bool:
+    """Return whether a column with several numbers per row may say which of them count."""
+    if values.is_complex() or values.numel() > _MOST_ELEMENTS:
+        return False
+    return not has_labels or bool(((values == 0) | (values == 1)).all())
 
 
 def candidates(batches: Sequence[Batch], ignore_index: int) -> list[Rule]:

@@ -177,7 +177,7 @@ class RareCheck:
         for items in items_of(self._groups[0].together, self._ignore_index) if rows else ():
             of_rows = [items.values(group.take([n])).cpu().double().numpy() for group, n in rows]
             values = np.unique(np.concatenate(of_rows))
-            if np.any(values % 1 > 0) and 2 * len(values) > sum(map(len, of_rows)):
+            if np.any(values[np.isfinite(values)] % 1) and 2 * len(values) > sum(map(len, of_rows)):
                 continue  # measurements, each with a value of its own
             counts_NV = np.array([[np.sum(row == value) for value in values] for row in of_rows], dtype=float)
             found = weigh_values(weights, counts_NV)
