@@ -115,7 +115,7 @@ def test_rows_that_an_input_leaves_out_are_reported_and_no_label_is_blamed() -> 
     def loss_fn(outputs: Tensor, batch: Columns) -> Tensor:
         return squares(outputs, batch)[batch["x"][:, 0] < 9].mean()
 
-    assert error_of(loss_fn, whole) <= 1e-9, "the column tells the same rows apart"
+    assert error_of(loss_fn, whole) <= 1e-9, "the column shows the same rows"
     whole["w"][[17, 18]] = 9.0
     with pytest.raises(SettingsError, match="`count_items`"):
         error_of(loss_fn, whole)
@@ -232,7 +232,7 @@ def test_labels_leave_some_of_the_measured_rows_to_other_columns() -> None:
     assert {rows[n]["kind"] for n in found.positions} == set(range(7))
 
 
-def test_further_rows_tell_rules_apart_and_are_not_measured_twice() -> None:
+def test_further_rows_have_the_value_of_one_rule_and_are_not_measured_twice() -> None:
     draw = np.random.RandomState(0)
     rows = [
         {"x": 0.1, "w": float(n not in (4, 9, 30)), "label": 17 if n in (4, 9, 50, 51) else n % 5} for n in range(99)

@@ -17,8 +17,8 @@ _OF_EACH_RULE = 4  # rows
 def further_rows(rows: Rows, evidence: Sequence[Evidence], known: Collection[int]) -> list[int]:
     """Return the positions of up to four rows for each rule that have its values, shortest first.
 
-    Rows with the values of few rules are taken first: they tell whether the one rule or the other holds. Apart from
-    this, rows are drawn at random from the shorter half and then from the other, with a fixed seed.
+    Rows with the values of few rules are taken first: they tell whether the one rule or the other holds. Among
+    these, rows are drawn at random from the shorter half and then from the other, with a fixed seed.
 
     Args:
         evidence: of each rule, the column in a batch and the values.

@@ -153,7 +153,7 @@ class _Search:
 
 
 def _columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, bool | None]]:
-    """Return the names of the labels, and of other columns of numbers that may tell kinds of rows apart.
+    """Return the names of the labels, and of other columns of numbers that may tell kinds of rows from each other.
 
     For each other column, the second result is None if it has a number per row or the shape of the labels, and else
     whether it may be one of flags.

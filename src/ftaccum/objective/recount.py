@@ -39,7 +39,7 @@ class Observed:
 
     @classmethod
     def of_group(cls, losses: Losses, group: RowGroup) -> "Observed":
-        """Measure a group of rows, and each row alone."""
+        """Measure a group of rows, and each row in a batch of its own."""
         return cls.of(losses, group.together, [group.take([n]) for n in range(len(group.names))])
 
     def difference(self, term: str, count: CountItems) -> float:

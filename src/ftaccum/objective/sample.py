@@ -41,8 +41,8 @@ class Sample:
         names: the name of each of the four rows in messages.
         rare: groups of rows with values that the four lack.
         not_looked_at: the labels that none of these rows has, for a message.
-        further: given the evidence of several rules, returns groups of other rows that have these values; rows that
-            tell the rules apart come first.
+        further: given the evidence of several rules, returns groups of other rows that have these values, first those
+            with the values of few rules.
         short: the same sample with the four rows cut to a few tokens; None if they are short, or must stay whole. The
             longest and the rare rows are whole in both.
     """
