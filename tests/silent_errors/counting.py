@@ -248,16 +248,65 @@ def keep_column() -> float:
     return _error_of_column(keep.long(), loss_fn)
 
 
+def _weighted_by_keep(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    losses = F.cross_entropy(outputs, batch["labels"], reduction="none")
+    return (losses * batch["keep"]).sum() / batch["keep"].sum()
+
+
+@case(25, "a 0/1 column of row weights, and labels that are measurements")
+def zero_weights_of_measurements() -> float:
+    inputs, keep = _vectors(200), torch.ones(200, dtype=torch.float64)
+    labels = torch.randn(200, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    keep[[17, 90, 91]] = 0
+    whole = {"labels": labels, "keep": keep}
+    loss_fn = lambda outputs, b: (b["keep"] * (outputs[:, 0] - b["labels"]).square()).sum() / b["keep"].sum()
+    rows = [{"input": x, "labels": y, "keep": k} for x, y, k in zip(inputs, labels, keep, strict=True)]
+    return update_error(
+        _linear(1), rows, lambda model: loss_fn(model(inputs), whole), 200, batch_size=4, loss_fn=loss_fn
+    )
+
+
+@case(25, "a 0/1 column of row weights, and many classes")
+def zero_weights_of_many_classes() -> float:
+    inputs, labels, keep = _vectors(200), torch.arange(200) % 41, torch.ones(200, dtype=torch.float64)
+    keep[[17, 90, 91]] = 0
+    whole = {"labels": labels, "keep": keep}
+    rows = [{"input": x, "labels": y, "keep": k} for x, y, k in zip(inputs, labels, keep, strict=True)]
+    return update_error(
+        _linear(41), rows, lambda model: _weighted_by_keep(model(inputs), whole), 200, batch_size=4,
+        loss_fn=_weighted_by_keep,
+    )  # fmt: skip
+
+
+@case(26, "measurements with NaN where they are missing, in few rows")
+def missing_measurements() -> float:
+    labels = torch.randn(200, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    labels[[17, 90, 91]] = torch.nan
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        known = ~targets.isnan()
+        return F.mse_loss(outputs[known, 0], targets[known])
+
+    return _error_of_tuples(loss_fn, labels, n_classes=1)
+
+
+@case(26, "a mask over the outputs of a row, without labels of its shape")
+def mask_of_outputs() -> float:
+    inputs, mask = _vectors(200), torch.ones(200, 3, dtype=torch.float64)
+    mask[[17, 90], 1:] = 0
+    whole = {"y": inputs[:, :3], "mask": mask}
+    loss_fn = lambda outputs, b: (b["mask"] * (outputs - b["y"]).square()).sum() / b["mask"].sum()
+    rows = [{"input": x, "y": y, "mask": m} for x, y, m in zip(inputs, whole["y"], mask, strict=True)]
+    return update_error(
+        _linear(3), rows, lambda model: loss_fn(model(inputs), whole), 200, batch_size=4, loss_fn=loss_fn
+    )
+
+
 @case(7, "a column of row weights that the loss divides by")
 def weight_column() -> float:
     weights = torch.ones(200, dtype=torch.float64)
     weights[[17, 90, 91]] = 7.5
-
-    def loss_fn(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        losses = F.cross_entropy(outputs, batch["labels"], reduction="none")
-        return (losses * batch["keep"]).sum() / batch["keep"].sum()
-
-    return _error_of_column(weights, loss_fn)
+    return _error_of_column(weights, _weighted_by_keep)
 
 
 @case(7, "pad tokens left out of the next-token loss by their id")

@@ -9,10 +9,11 @@ import numpy as np
 
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter
-from ..objective.sample import Groups, RowGroup, Sample
+from ..objective.sample import Evidence, Groups, RowGroup, Sample
 from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
 from .dataset import Rows
+from .further_rows import further_rows
 from .rare_rows import RareRows
 from .row import class_of, length_of
 from .short_rows import LONG_ENOUGH
@@ -93,12 +94,18 @@ def sample_of(
         )
 
     rare = RareRows.of(rows, ignore_index, special)
+
+    def further(evidence: Sequence[Evidence]) -> list[RowGroup]:
+        found = further_rows(rows, evidence, rare.positions)
+        return _rare_groups(rows, row_collator, [*rare.positions[:1], *found])
+
     whole = Sample(
         row_collator.seeded(rows, [longest], 0),
         *few,
         names=[rows.name_of(position) for position in positions],
-        rare=_rare_groups(rows, row_collator, rare),
+        rare=_rare_groups(rows, row_collator, rare.positions),
         not_looked_at=rare.not_looked_at,
+        further=further,
     )
     short = row_collator.shortened(rows, positions)
     if short is None:
@@ -131,12 +138,12 @@ def _batches(rows: Rows, row_collator: RowCollator, positions: Sequence[int]) ->
     )
 
 
-def _rare_groups(rows: Rows, row_collator: RowCollator, rare: RareRows) -> list[RowGroup]:
-    """Return the rare rows in small groups that all begin with the common row."""
+def _rare_groups(rows: Rows, row_collator: RowCollator, chosen: Sequence[int]) -> list[RowGroup]:
+    """Return rare rows in small groups that all begin with the common row, which is the first of those chosen."""
     groups: list[list[int]] = []
-    for position, row in zip(rare.positions[1:], rows.fetch(rare.positions[1:]), strict=True):
+    for position, row in zip(chosen[1:], rows.fetch(chosen[1:]), strict=True):
         if not groups or len(groups[-1]) > min(_GROUP, _GROUP_TOKENS // (length_of(row) or 1)):
-            groups.append([rare.positions[0]])
+            groups.append([chosen[0]])
         groups[-1].append(position)
     return [_row_group(rows, row_collator, positions) for positions in groups]
 

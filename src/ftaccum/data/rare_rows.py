@@ -1,29 +1,22 @@
 """The choice of rows that cover every value of the labels, and of other columns with few distinct values."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow
-import torch
-from datasets import Dataset
-from torch import Tensor
 
 from ..objective.model_forward import is_label
 from ..objective.own_rules import TARGETS
 from ..objective.prefixed import is_tokens_column
 from .dataset import Rows
-from .row import Row, length_of
+from .number_columns import NumberColumn, SearchedRows, Values, numbers_of
+from .row import Row
 
 _MOST_ROWS = 64
-_LAZY_ROWS = 256  # to look at, if fetching a row computes it
-_FETCHED_ROWS = 50_000  # to look at, if they are in memory, but not in a table
-_MOST_NUMBERS = 10_000_000  # a column with more is left out; this many take half a second
+_RESERVED = 16  # of these, for columns other than labels; the most for such columns of measurements
+_FIRST_ROWS = 8  # rows that show which columns to search
 _MOST_LABELS, _MOST_KINDS = 1000, 64  # distinct values of labels, and of other columns; a vocabulary has more
 _FEW_LABELS = 32  # label values; up to this number, one more row may be chosen for each
-
-Values = dict[Any, tuple[int, int]]  # value → how often it occurs, and the shortest row that has it
 
 
 @dataclass(frozen=True)
@@ -47,156 +40,143 @@ class RareRows:
             ignore_index: the label that the loss is known to ignore.
             special: the token ids to cover if the labels come from a vocabulary.
         """
-        names = _columns(rows.fetch([0])[0])
-        if not names:
+        labels, others = _columns(rows.fetch(range(min(len(rows), _FIRST_ROWS))))
+        if not (labels or others):
             return cls((), "")
-        search, unseen = _Search.of(rows), []
-        for name in names:
-            column = search.column(name)
-            if column is None:
-                continue
-            values = column.values(search.lengths)
-            if not is_label(name):
-                search.cover(column, values, min(_MOST_KINDS, search.n_rows // 2))
-                continue
-            values.pop(ignore_index, None)
-            if missing := search.cover(column, values, _MOST_LABELS, special):
-                unseen.append(f"{missing:,} of {len(values):,} {'label' if name == TARGETS else repr(name)} values")
-            if column.numbers.size > search.n_rows and len(values) <= _FEW_LABELS:
-                search.add(len(values))  # enough rows to separate the weights of labels that share a row
-        if (search.n_rows < len(rows) or rows.are_endless) and any(map(is_label, names)):
-            unseen.append(f"labels of rows after the first {search.n_rows:,}")
-        positions = [*search.chosen[:1], *sorted(search.chosen[1:], key=lambda row: search.lengths[row])]
+        search, unseen = _Search(SearchedRows.of(rows)), []
+        kinds = {name: each for name in labels if (each := search.labels(name, ignore_index)) is not None}
+        found = [each for name, is_flag in others.items() if (each := search.flags(name, is_flag=is_flag)) is not None]
+        found.sort(key=lambda each: len(each.values))
+        reserved = min(_RESERVED, sum(len(each.values) for each in found))
+        for each in kinds.values():
+            search.cover(each, _MOST_ROWS - reserved, special)
+        for each in [each for each in found if not each.are_measurements]:
+            search.cover(each, _MOST_ROWS)
+        most = min(_MOST_ROWS, len(search.chosen) + _RESERVED)
+        for each in [each for each in found if each.are_measurements]:
+            search.cover(each, most)
+        for name, each in kinds.items():
+            missing = search.cover(each, _MOST_ROWS, special)
+            if missing and not each.are_measurements:
+                unseen.append(
+                    f"{missing:,} of {len(each.values):,} {'label' if name == TARGETS else repr(name)} values"
+                )
+            if each.column.numbers.size > len(search.rows) and len(each.values) <= _FEW_LABELS:
+                search.add(len(each.values))  # enough rows to separate the weights of labels that share a row
+        is_part = len(search.rows) < len(rows) or rows.are_endless
+        if is_part and not all(kinds[name].are_measurements for name in labels if name in kinds):
+            unseen.append(f"labels of rows after the first {len(search.rows):,}")
+        positions = [*search.chosen[:1], *sorted(search.chosen[1:], key=lambda row: search.rows.lengths[row])]
         return cls(positions, " and ".join(unseen))
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The rows to choose from, and those chosen so far.
+class _Kinds:
+    """The values of a column that rows are chosen for.
 
     Attributes:
-        table: the rows as a table, if their columns can be read without fetching rows; else None.
-        fetched: the rows, if there is no table.
+        are_measurements: whether all other values of the column are measurements.
+        most: the most values to cover. If there are more, only the special ones are.
     """
 
-    table: Dataset | None
-    fetched: Sequence[Row]
-    lengths: np.ndarray
-    chosen: list[int]
+    column: NumberColumn
+    values: Values
+    are_measurements: bool = False
+    most: int = _MOST_LABELS
 
-    @classmethod
-    def of(cls, rows: Rows) -> "_Search":
-        if rows.in_memory and isinstance(rows.source, Dataset):
-            return cls(rows.table, (), np.array(rows.lengths() or [1] * len(rows)), [])
-        fetched = rows.fetch(range(min(len(rows), _FETCHED_ROWS if rows.in_memory else _LAZY_ROWS)))
-        lengths = rows.lengths(range(len(fetched))) or [length_of(row) for row in fetched]
-        return cls(None, fetched, np.array(lengths), [])
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.lengths)
+@dataclass(frozen=True)
+class _Search:
+    """The rows to choose from, and those chosen so far."""
 
-    def column(self, name: str) -> "_Column | None":
-        """Return the numbers of a column; None if it holds anything else, or too many."""
-        if self.table is not None:
-            return _Column.of_table(self.table, name)
-        are_mappings = isinstance(self.fetched[0], Mapping)
-        return _Column.of_values(
-            [row.get(name) for row in self.fetched] if are_mappings else [y for _, y in self.fetched]
-        )
+    rows: SearchedRows
+    chosen: list[int] = field(default_factory=list)
 
-    def cover(self, column: "_Column", values: Values, most: int, special: Collection[int] = ()) -> int:
+    def labels(self, name: str, ignore_index: int) -> _Kinds | None:
+        """Return the values to cover of a column of labels; None if it holds anything but numbers."""
+        column = self.rows.column(name)
+        found = None if column is None else self._kinds(column, _MOST_LABELS)
+        if found is not None:
+            found.values.pop(ignore_index, None)
+        return found
+
+    def flags(self, name: str, *, is_flag: bool | None) -> _Kinds | None:
+        """Return the values to cover of another column; None if there are none.
+
+        Args:
+            is_flag: whether the column must be one of flags, 0 and 1, or of NaN and infinities only; None for any.
+        """
+        column = self.rows.column(name)
+        if column is None:
+            return None
+        if is_flag is None:
+            found = self._kinds(column, min(_MOST_KINDS, len(self.rows) // 2))
+        elif is_flag and np.isin(column.numbers, (0, 1)).all():
+            found = _Kinds(column, column.values(self.rows.lengths))
+        else:
+            found = _Kinds(column, column.nonfinite(self.rows.lengths), are_measurements=True)
+        return found if 0 < len(found.values) <= found.most else None
+
+    def _kinds(self, column: NumberColumn, most: int) -> _Kinds:
+        values = {} if column.has_fractions else column.values(self.rows.lengths)
+        if column.has_fractions or (column.numbers.dtype.kind == "f" and len(values) > most):
+            return _Kinds(column, column.of_measurement(self.rows.lengths), are_measurements=True)
+        return _Kinds(column, values, most=most)
+
+    def cover(self, kinds: _Kinds, most_rows: int, special: Collection[int] = ()) -> int:
         """Choose rows for the values that no chosen row has yet, and return how many values are still missing.
 
         If nothing was chosen yet, begin with the most frequent value. Then go from the rarest value up.
 
         Args:
-            most: the most values to cover. If there are more, cover only the special ones.
+            most_rows: the most rows to choose in all, besides the first.
+            special: the values to cover if there are too many.
         """
-        if len(values) > most:
+        column, values = kinds.column, kinds.values
+        if len(values) > kinds.most:
             values = {value: found for value, found in values.items() if value is None or value in special}
         if values and not self.chosen:
-            self.chosen.append(max(values.values())[1])
+            are_measurements, lengths = kinds.are_measurements, self.rows.lengths
+            self.chosen.append(column.typical_row(lengths) if are_measurements else max(values.values())[1])
         seen = column.values_of(self.chosen)
         for value, (_, row) in sorted(values.items(), key=lambda item: item[1]):
-            if len(self.chosen) <= _MOST_ROWS and value not in seen:
+            if len(self.chosen) <= most_rows and value not in seen:
                 self.chosen.append(row)
                 seen |= column.values_of([row])
         return len(values.keys() - seen)
 
     def add(self, n_rows: int) -> None:
         """Choose more rows at random, from the shorter half, until there are `n_rows`."""
-        shorter = np.argsort(self.lengths, kind="stable")[: (self.n_rows + 1) // 2]
+        shorter = np.argsort(self.rows.lengths, kind="stable")[: (len(self.rows) + 1) // 2]
         others = [row for row in np.random.RandomState(0).permutation(shorter).tolist() if row not in self.chosen]
         self.chosen.extend(others[: max(0, n_rows - len(self.chosen))])
 
 
-@dataclass(frozen=True)
-class _Column:
-    """The numbers of a column, row after row; those of row n begin at `starts[n]`."""
+def _columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, bool | None]]:
+    """Return the names of the labels, and of other columns of numbers that may tell kinds of rows from each other.
 
-    numbers: np.ndarray
-    starts: np.ndarray
+    For each other column, the second result is None if it has a number per row or the shape of the labels, and else
+    whether it may be one of flags.
 
-    @classmethod
-    def of_values(cls, values: Sequence[Any]) -> "_Column | None":
-        """Return the column; None if a row holds anything but numbers, or if there are too many numbers."""
-        if len({type(value) for value in values}) == 1 and isinstance(values[0], int | float):
-            return cls(np.array(values), np.arange(len(values) + 1))  # one conversion for all, which is faster
-        arrays = [_numbers(value) for value in values]
-        known = [array.ravel() for array in arrays if array is not None and array.dtype.kind in "iufb"]
-        if len(known) < len(arrays) or sum(array.size for array in known) > _MOST_NUMBERS:
-            return None
-        return cls(np.concatenate(known), np.cumsum([0, *(array.size for array in known)]))
-
-    @classmethod
-    def of_table(cls, table: Dataset, name: str) -> "_Column | None":
-        column = table.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
-        owners = np.arange(len(column))
-        while hasattr(column, "value_parent_indices"):  # lists
-            owners = owners[column.value_parent_indices().to_numpy()]
-            column = column.flatten()
-        numbers = column.to_numpy(zero_copy_only=False)
-        if column.null_count or numbers.dtype.kind not in "iufb" or len(numbers) > _MOST_NUMBERS:
-            return None
-        return cls(numbers, np.searchsorted(owners, np.arange(len(table) + 1)))
-
-    def values(self, lengths: np.ndarray) -> Values:
-        by_length = np.argsort(lengths, kind="stable")
-        ranks = np.empty_like(by_length)
-        ranks[by_length] = np.arange(len(by_length))
-        table = pyarrow.table({"value": self.numbers, "rank": np.repeat(ranks, np.diff(self.starts))})
-        found = table.group_by("value", use_threads=False).aggregate([("rank", "count"), ("rank", "min")])
-        columns = (found[name].to_pylist() for name in ("value", "rank_count", "rank_min"))
-        return {_key(value): (count, int(by_length[rank])) for value, count, rank in zip(*columns, strict=True)}
-
-    def values_of(self, rows: Sequence[int]) -> set[Any]:
-        return {_key(v) for row in rows for v in self.numbers[self.starts[row] : self.starts[row + 1]].tolist()}
-
-
-def _columns(row: Row) -> list[str]:
-    """Return the names of the columns of whole numbers that may tell kinds of rows apart, labels first."""
+    Args:
+        rows: the first rows.
+    """
+    row = rows[0]
     if not isinstance(row, Mapping):
-        return [TARGETS] if _is_whole(_numbers(row[1])) else []
-    names = [name for name in row if not is_tokens_column(name, row)]
-    labels = [name for name in names if is_label(name)]
-    sizes = {(), *(np.shape(row[name]) for name in labels)}
-    others = [name for name in names if name not in labels and np.shape(row[name]) in sizes]
-    return [name for name in (*labels, *others) if _is_whole(_numbers(row[name]))]
+        return ([TARGETS] if _are_numbers(numbers_of(row[1])) else []), {}
+    arrays: dict[str, list[np.ndarray]] = {}
+    for name in row:
+        found = [numbers_of(each.get(name)) for each in rows]
+        if not is_tokens_column(name, row) and all(map(_are_numbers, found)):
+            arrays[name] = [array for array in found if array is not None]
+    labels = [name for name in arrays if is_label(name)]
+    sizes = {(), *(arrays[name][0].shape for name in labels)}
+    return labels, {
+        name: None if each[0].shape in sizes else all(np.isin(array, (0, 1)).all() for array in each)
+        for name, each in arrays.items()
+        if name not in labels
+    }
 
 
-def _is_whole(numbers: np.ndarray | None) -> bool:
-    return numbers is not None and numbers.dtype.kind in "iufb" and not np.any(numbers % 1 > 0)
-
-
-def _numbers(value: Any) -> np.ndarray | None:
-    if isinstance(value, Tensor):
-        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
-    try:
-        return np.asarray(value)
-    except ValueError:  # lists of unequal lengths
-        return None
-
-
-def _key(value: Any) -> Any:
-    return value if value == value else None  # NaN does not equal itself
+def _are_numbers(numbers: np.ndarray | None) -> bool:
+    return numbers is not None and numbers.dtype.kind in "iufb"

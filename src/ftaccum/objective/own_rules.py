@@ -6,16 +6,18 @@ All are dataclasses, so that processes can send them to each other.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, CountItems, targets_of
+from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, targets_of
+from .prefixed import is_tokens_column
 
 TARGETS = "labels"  # the name of the targets, also of those in a tuple
 _MOST_VALUES = 100  # distinct values in a column, to try each as the one that the loss ignores
+_MOST_ELEMENTS = 100_000  # numbers in a column that has several per row, and is none of labels
 _SHOWN = 6  # weights, in a message
 
 
@@ -27,16 +29,21 @@ class Items:
         column: the column that the rule depends on.
         shifted: whether the first label of a row is no item, because logits predict the next one.
         ignore_index: the label that the loss is known to ignore.
+        name: how messages name the items.
     """
 
     column: str
     shifted: bool
     ignore_index: int
+    name: str = "labels"
 
     def values(self, batch: Batch) -> Tensor:
-        """Return the column's value for each item. A single number per row is repeated for each label of the row."""
+        """Return the column's value for each item. A single number per row is repeated for each label of the row.
+
+        The items of a column of another shape are its own elements.
+        """
         values, targets = column_of(batch, self.column), targets_of(batch)
-        if targets is None:
+        if targets is None or values.shape not in (targets.shape, targets.shape[:1]):
             return values.flatten()
         if values.shape != targets.shape:
             values = values.reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets)
@@ -45,7 +52,34 @@ class Items:
         return values[targets != self.ignore_index]
 
     def __str__(self) -> str:
-        return AFTER_SHIFT if self.shifted else "labels"
+        return AFTER_SHIFT if self.shifted else self.name
+
+
+class Rule(Protocol):
+    """A count by a rule that depends on the values of a column.
+
+    Attributes:
+        items: the items before the rule.
+    """
+
+    @property
+    def items(self) -> Items: ...
+
+    def __call__(self, batch: Batch) -> float: ...
+
+    def evidence(self, values_N: Tensor) -> list[float]:
+        """Return the values that this rule counts differently than most.
+
+        Args:
+            values_N: the values of the items that the rule was found on.
+        """
+
+    def may_rest_on_one_row(self, values_N: Tensor) -> bool:
+        """Return whether the rule is likely even if only one row has a value that it counts differently.
+
+        Where most rows have values of their own, any of these would explain that a row is left out. So such a value
+        must be NaN, infinite, or the smallest or largest of whole numbers, as numbers for missing labels are.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,6 +93,14 @@ class WithoutValue:
         values = self.items.values(batch)
         return int((values == values if self.value != self.value else values != self.value).sum())
 
+    def evidence(self, _: Tensor) -> list[float]:
+        return [self.value]
+
+    def may_rest_on_one_row(self, values_N: Tensor) -> bool:
+        return not math.isfinite(self.value) or (
+            not bool((values_N % 1 > 0).any()) and self.value in (values_N.min().item(), values_N.max().item())
+        )
+
     def __str__(self) -> str:
         return f"{self.items} {_of(self.items.column)}other than {self.value:g}"
 
@@ -71,6 +113,12 @@ class ColumnSum:
 
     def __call__(self, batch: Batch) -> float:
         return float(self.items.values(batch).double().sum())
+
+    def evidence(self, values_N: Tensor) -> list[float]:
+        return _unlike_most(values_N, values_N)
+
+    def may_rest_on_one_row(self, _: Tensor) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.items} weighted by {self.items.column!r}"
@@ -101,6 +149,12 @@ class ValueWeights:
             )
         return float(torch.tensor(self.weights, dtype=torch.float64)[places].sum())
 
+    def evidence(self, _: Tensor) -> list[float]:
+        return _unlike_most(torch.tensor(self.values), torch.tensor(self.weights))
+
+    def may_rest_on_one_row(self, _: Tensor) -> bool:
+        return True
+
     def __str__(self) -> str:
         pairs = list(zip(self.values, self.weights, strict=True))
         shown = ", ".join(f"{value:g}: {weight:.4g}" for value, weight in pairs[:_SHOWN])
@@ -114,38 +168,68 @@ def column_of(batch: Batch, name: str) -> Tensor:
 
 
 def items_of(batch: Batch, ignore_index: int) -> list[Items]:
-    """Return items for each column that a rule may depend on: labels, and columns with a number per row or label."""
-    targets = targets_of(batch)
-    shapes = {None if targets is None else targets.shape}
-    n_rows = next(iter(_tensors(batch).values())).shape[:1]
-    names = [
-        name
-        for name, values in _tensors(batch).items()
-        if name not in TOKEN_COLUMNS and (name == TARGETS or values.shape in (*shapes, n_rows))
-    ]
-    names.sort(key=lambda name: name != TARGETS)
+    """Return items for each column that a rule may depend on.
+
+    These are the labels, columns with a number per row or per label, columns of 0 and 1 and, if there are no labels,
+    columns with several numbers per row.
+    """
+    targets, tensors = targets_of(batch), _tensors(batch)
     can_shift = targets is not None and targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
-    return [
-        Items(name, shifted, ignore_index) for name in names for shifted in ((False, True) if can_shift else (False,))
-    ]
-
-
-def candidates(batches: Sequence[Batch], ignore_index: int) -> list[CountItems]:
-    """Return the counts by a single rule that may explain a loss on these batches, likely ones first."""
-    found: list[CountItems] = []
-    for items in items_of(batches[0], ignore_index) if batches else ():
-        values = torch.cat([items.values(batch).cpu().double() for batch in batches])
-        if items.column != TARGETS and bool((values >= 0).all()):
-            found.append(ColumnSum(items))
-        distinct = values[values == values].unique().tolist()
-        distinct += [math.nan] if len(values) > (values == values).sum() else []
-        found += [WithoutValue(items, value) for value in distinct if len(distinct) <= _MOST_VALUES]
+    n_rows = next(iter(tensors.values())).shape[:1]
+    found = []
+    for name, values in sorted(tensors.items(), key=lambda column: column[0] != TARGETS):
+        if name in TOKEN_COLUMNS:
+            continue
+        if name == TARGETS or (targets is not None and values.shape in (targets.shape, n_rows)):
+            found += [Items(name, shifted, ignore_index) for shifted in ((False, True) if can_shift else (False,))]
+        elif values.shape == n_rows:
+            found.append(Items(name, False, ignore_index, "rows"))
+        elif not is_tokens_column(str(name), tensors) and _may_weight(values, has_labels=targets is not None):
+            found.append(Items(name, False, ignore_index, "elements"))
     return found
+
+
+def _may_weight(values: Tensor, *, has_labels: bool) -> bool:
+    """Return whether a column with several numbers per row may say which of them count."""
+    if values.is_complex() or values.numel() > _MOST_ELEMENTS:
+        return False
+    return not has_labels or bool(((values == 0) | (values == 1)).all())
+
+
+def candidates(batches: Sequence[Batch], ignore_index: int) -> list[Rule]:
+    """Return the counts by a single rule that may explain a loss on these batches, likely ones first.
+
+    These are sums of columns, then counts without NaN, and last counts without another value. The labels come after
+    other columns: of labels that are measurements, each value explains the weight of the one row that has it.
+    """
+    sums, without_nan, without = list[Rule](), list[Rule](), list[Rule]()
+    every = items_of(batches[0], ignore_index) if batches else []
+    for items in sorted(every, key=lambda items: items.column == TARGETS):
+        values = values_in(items, batches)
+        if items.column != TARGETS and bool((values >= 0).all()):
+            sums.append(ColumnSum(items))
+        distinct = values[values == values].unique().tolist()
+        if bool((values != values).any()):
+            without_nan.append(WithoutValue(items, math.nan))
+        if len(distinct) <= _MOST_VALUES:
+            without += [WithoutValue(items, value) for value in distinct]
+    return [*sums, *without_nan, *without]
+
+
+def values_in(items: Items, batches: Sequence[Batch]) -> Tensor:
+    """Return the column's value for each item of some batches."""
+    return torch.cat([items.values(batch).cpu().double() for batch in batches])
 
 
 def _tensors(batch: Batch) -> dict[Any, Tensor]:
     given = batch.items() if isinstance(batch, Mapping) else [(TARGETS, batch[1])]
     return {name: value for name, value in given if isinstance(value, Tensor) and value.ndim}
+
+
+def _unlike_most(values_N: Tensor, weights_N: Tensor) -> list[float]:
+    """Return the distinct values whose weights are not the most frequent one; not more than a column may have."""
+    unlike = values_N[weights_N != weights_N.mode().values].unique().tolist()
+    return unlike[:_MOST_VALUES]
 
 
 def _of(column: str) -> str:

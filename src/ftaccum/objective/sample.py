@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .item_counts import Batch
 
 Groups = Sequence[Sequence[int]]
+Evidence = tuple[str, Sequence[float]]  # a column of a batch, and values in it by which a rule counts items differently
 
 # Groups of four rows. Unequal sizes show which way to count is right. Batch norm needs more than a single row.
 SINGLE, UNEQUAL, PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
@@ -40,6 +41,8 @@ class Sample:
         names: the name of each of the four rows in messages.
         rare: groups of rows with values that the four lack.
         not_looked_at: the labels that none of these rows has, for a message.
+        further: given the evidence of several rules, returns groups of other rows that have these values, first those
+            with the values of few rules.
         short: the same sample with the four rows cut to a few tokens; None if they are short, or must stay whole. The
             longest and the rare rows are whole in both.
     """
@@ -51,6 +54,7 @@ class Sample:
     names: Sequence[str] = ()
     rare: Sequence[RowGroup] = ()
     not_looked_at: str = ""
+    further: Callable[[Sequence[Evidence]], Sequence[RowGroup]] = lambda _: ()
     short: "Sample | None" = None
 
     def separate(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
