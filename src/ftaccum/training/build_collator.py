@@ -21,7 +21,7 @@ from ..objective.model_forward import ModelForward, accepted_arguments
 from ..objective.objective import Objective
 from ..objective.packing_check import difference_of_packing
 from ..objective.probe import EXPLAINED
-from .config import Components
+from .config import Components, RunConfig
 
 _FEW = 4  # rows to measure how the model treats packed rows, and the loss padded labels
 
@@ -72,23 +72,22 @@ def build_row_collator(components: Components, padding: PaddingCollator | None) 
 
 
 def measure_documents(
-    components: Components,
+    config: RunConfig,
     forward: ModelForward,
     objective: Objective,
     rows: Rows,
     padding: PaddingCollator,
     labelled: list[int],
-    rows_at_once: int,
 ) -> Documents:
     """Measure whether the model keeps the documents of a packed row from attending to each other.
 
     Compare the loss of documents in rows of their own with the loss of the same documents, concatenated. The rows of
-    the data need not be packed for that.
+    the data need not be packed for that. At most two concatenated rows run together.
 
     Args:
         labelled: positions of rows with labels that count.
-        rows_at_once: the number of concatenated rows to run together.
     """
+    model, rows_at_once = config.components.model, 1 if config.runtime.batch_size == 1 else 2
     columns, along_tokens = padding.columns, (Along.TOKENS,)
     if columns is None or {columns.sizes.get(name) for name in ("input_ids", "position_ids")} != {along_tokens}:
         return Documents()
@@ -101,10 +100,10 @@ def measure_documents(
     as_documents.left = False  # with padding on the left, the first label would be predicted from padding
     as_packed.documents = Documents(shifted=objective.shifts)
     packed = [_joined(documents[n::rows_at_once], columns) for n in range(rows_at_once)]
-    off = difference_of_packing(components.model, forward, objective, as_documents(documents), as_packed(packed))
+    off = difference_of_packing(model, forward, objective, as_documents(documents), as_packed(packed))
     if off <= EXPLAINED:
         return Documents(kept_apart=True, shifted=objective.shifts)
-    name = type(components.model).__name__
+    name = type(model).__name__
     problem = f"{name} lets the documents of a row attend to each other, which changes their loss by {100 * off:.2g}%"
     return Documents(kept_apart=False, problem=problem, shifted=objective.shifts)
 

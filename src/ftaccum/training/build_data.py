@@ -119,8 +119,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     forward, objective = build_objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
-        rows_at_once = 1 if runtime.batch_size == 1 else 2
-        documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
+        documents = measure_documents(config, forward, objective, rows, padding, labelled)
         padding.documents = val_padding.documents = documents
         sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
