@@ -45,14 +45,15 @@ class LoopHooks:
 
     Attributes:
         split: called if memory runs out.
-        before_update: called with each window before its first pass.
+        before_update: called with each window before its first pass; returns it, with its loss items counted again if
+            they may have changed.
         after_update: called after each window, with its result; returns whether to take another one.
         before_step: called before each optimizer step, with the gradient clipped.
         after_step: called after each optimizer step, before the gradient is dropped.
     """
 
     split: Split
-    before_update: Callable[[LocalWindow], None]
+    before_update: Callable[[LocalWindow], LocalWindow]
     after_update: Callable[[StepResult, NonFiniteUpdate | None], bool]
     before_step: Callable[[], None] = lambda: None
     after_step: Callable[[], None] = lambda: None
@@ -103,8 +104,7 @@ class TrainingLoop:
         self._accumulator.zero_gradients()  # the model may have come with gradients
         with self._strategy.accumulating():
             while (window := self._next(windows)) is not None:
-                hooks.before_update(window)
-                window, accumulated = self._accumulate(window, hooks.split)
+                window, accumulated = self._accumulate(hooks.before_update(window), hooks.split)
                 self.in_update = True
                 self._read_ahead(windows)
                 result, non_finite = self.update(window, accumulated, hooks)
