@@ -82,3 +82,56 @@ def test_hooks_on_an_embedding_that_a_callback_registers_get_dense_gradients(is_
     errors = errors_of(hook)
     assert len(errors) == 5
     assert max(errors) < 1e-12
+
+
+class Rates(TrainerCallback):
+    """Records the rates of all groups before each step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **others: Any) -> None:  # noqa: ARG002
+        self.rates = [*getattr(self, "rates", []), [group["lr"] for group in optimizer.param_groups]]
+
+
+def test_groups_that_a_callback_adds_are_trained_and_scheduled() -> None:
+    added: list[Any] = []
+
+    def freeze(model: Any) -> None:
+        model.bert.requires_grad_(False)
+
+    def unfreeze(model: Any, optimizer: Any) -> None:
+        parameters = [*model.bert.encoder.layer[-1].parameters()]
+        for p in parameters:
+            p.requires_grad_(True)
+        optimizer.add_param_group({"params": parameters, "lr": 0.01})
+        added.append((optimizer, parameters[0], parameters[0].detach().clone()))
+
+    errors = errors_of(unfreeze, freeze, lr_scheduler="linear", warmup_steps=0)
+    assert len(errors) == 5
+    assert max(errors) < 1e-12
+    ((optimizer, parameter, before),) = added
+    assert not torch.equal(parameter, before)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]  # as they were given
+
+
+def test_weights_that_are_unfrozen_before_they_are_trained_keep_no_gradient() -> None:
+    errors = errors_of(
+        lambda model, _: model.requires_grad_(True), lambda model: model.bert.requires_grad_(False), on_inexact="warn"
+    )
+    assert max(errors) < 1e-12
+
+
+def test_a_new_group_follows_the_schedule() -> None:
+    model = nn.Linear(3, 2)
+    more, rates = nn.Linear(1, 1), Rates()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = [(torch.ones(3), torch.tensor(n % 2)) for n in range(20)]
+
+    class Add(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:  # noqa: ARG002
+            if state.global_step == AT:
+                optimizer.add_param_group({"params": [*more.parameters()], "lr": 1.0})
+
+    test_fine_tuning(
+        model, train_data=rows, loss_fn=nn.CrossEntropyLoss(), optimizer=optimizer, validation_split=0.0, n_epochs=1,
+        progress=False, callbacks=[Add(), rates], lr_scheduler="linear", warmup_steps=0, **SIZES,
+    )  # fmt: skip
+    assert rates.rates == [[0.1], [pytest.approx(0.075)], [pytest.approx(0.05), 0.5], [pytest.approx(0.025), 0.25]]

@@ -22,6 +22,7 @@ from ..tracking.step import StepResult
 from .closure import ClippedGradient, NonFiniteStepError, closure_of, needs_closure
 from .nonfinite import NonFiniteUpdate
 from .rates import rate_in_use, scale_learning_rates
+from .schedule import cover_new_groups
 
 _PASSES_DIFFER = (
     "With `loss_over='window'` or `router_balance='window'`, each micro-batch runs twice, and both passes must give "
@@ -135,6 +136,7 @@ class TrainingLoop:
             The result of the update, and a description of what was not finite, or None.
         """
         factor = self._rate_factor(window.window.index)
+        cover_new_groups(self._schedule)
         rate = rate_in_use(self._schedule.optimizer, factor)
         gradient = self._clip(accumulated)
         skipped = not gradient.is_finite or not gradient.n_items > 0
@@ -142,10 +144,12 @@ class TrainingLoop:
         if not skipped:
             try:
                 hooks.before_step()
+                cover_new_groups(self._schedule)
                 rate = rate_in_use(self._schedule.optimizer, factor)  # a hook may set another one
                 with self._timer.phase("optimizer"), scale_learning_rates(self._schedule.optimizer, factor):
                     self._step(window, accumulated, hooks.split)
                 hooks.after_step()
+                cover_new_groups(self._schedule)
                 with self._timer.phase("optimizer"):
                     self._schedule.step()
             except NonFiniteStepError as error:
