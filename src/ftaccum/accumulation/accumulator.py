@@ -146,7 +146,8 @@ class GradientAccumulator:
     def zero_gradients(self) -> None:
         """Drop all gradients, including those of trainable parameters that the optimizer does not hold."""
         self._embeddings.drop()
-        for p in (*self._strategy.parameters, *self._trained):
+        unfrozen = (p for p in self._model.parameters() if p.requires_grad)
+        for p in (*self._strategy.parameters, *self._trained, *unfrozen):
             p.grad = None
 
     def _accumulate(

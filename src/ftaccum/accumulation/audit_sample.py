@@ -14,6 +14,7 @@ from ..planning.audit_schedule import AuditSize
 from ..runtime.process_group import ProcessGroup
 
 T = TypeVar("T")
+_CONTINUOUS = 0.9  # distinct values of a column per value; with more of them, they are measurements
 
 
 class AuditSample(Protocol):
@@ -87,7 +88,8 @@ def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup)
     """Choose a few pieces from all processes. All of them must call it.
 
     Half of them have the rarest labels and flags, half the most common ones: between similar pieces, wrong item counts
-    would not show. A piece is as rare as its rarest value: a sum over its values would choose the longest texts. Of
+    would not show. A piece is as rare as its rarest value: a sum over its values would choose the longest texts.
+    Columns of numbers that are nearly all different make no piece rarer than the others, and are left out. Of
     equally rare pieces, the first half takes those nearest to the median size, the other half the smallest, so that
     sizes differ.
 
@@ -101,7 +103,14 @@ def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup)
     named = [(piece.name, _kinds_of(piece.batch), piece.size) for piece in own]
     pieces = list(chain.from_iterable(process_group.gather(named)))
     n_with = Counter(chain.from_iterable(kinds for _, kinds, _ in pieces))
-    ranked = [(max((1 / n_with[kind] for kind in kinds), default=0.0), size, name) for name, kinds, size in pieces]
+    distinct, found = Counter(column for column, _ in n_with), Counter[str]()
+    for (column, _), n in n_with.items():
+        found[column] += n
+    repeats = {column for column in distinct if distinct[column] <= _CONTINUOUS * found[column]}
+    ranked = [
+        (max((1 / n_with[kind] for kind in kinds if kind[0] in repeats), default=0.0), size, name)
+        for name, kinds, size in pieces
+    ]
     middle = median_low(size for _, size, _ in ranked) if ranked else 0
     ranked.sort(key=lambda piece: (-piece[0], abs(piece[1] - middle), piece[1]))
     if len(ranked) <= most:

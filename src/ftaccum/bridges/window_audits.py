@@ -20,6 +20,7 @@ from ..runtime.graph_leaves import leaves_besides
 from ..runtime.loop_accelerator import LoopAccelerator
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_gradients
+from ..runtime.watched_state import Roots, WatchedState
 from ..training.audit import AuditHandler
 from .audit_batches import AuditBatches
 
@@ -41,12 +42,15 @@ class WindowAudits:
         fill: Mapping[str, int],
         schedule: AuditSchedule,
         on_inexact: str,
+        roots: Roots,
     ) -> None:
         """Args:
         model: the model inside all wrappers.
         fill: the padding of columns when batches are joined.
         on_inexact: "error", "warn" or "ignore".
+        roots: returns the functions and modules that compute the loss, by name.
         """
+        self._state = WatchedState(model, roots)
         self.during: Callable[[], AbstractContextManager[None]] = nullcontext
         self._model, self._objective = model, objective
         self._process_group, self._fill = process_group, fill
@@ -63,11 +67,12 @@ class WindowAudits:
             schedule,
             objective.report,
             process_group,
+            self._state,
             lambda entry: self.found.append(asdict(entry)),
             rounding=Rounding.of(dtypes, accelerator.mixed_precision),
             on_inexact=on_inexact,
-            during=self._preserving,
         )
+        self._handler.during = self._preserving
 
     def before_window(self, micro_batches: Sequence[MicroBatch], update: int | None = None, epoch: int = 0) -> None:
         """Audit a window if it is due. Gradients, weights, buffers and generators stay as they are.
@@ -82,6 +87,7 @@ class WindowAudits:
             InexactLossError: on all processes, if the gradient is not exact and `on_inexact` is "error".
         """
         self._n_windows += 1
+        self._state.look()
 
         def take(size: AuditSize) -> AuditBatches | None:
             return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, size)

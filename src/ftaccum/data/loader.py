@@ -244,6 +244,13 @@ class Loader:
         names = f"{self._rows.names_of(piece.rows)} of `{self._rows.argument}`"
         return MicroBatch(batch, counts, _counted(counts), piece, *token_counts(batch), names)
 
+    def counted_again(self, micro: MicroBatch) -> MicroBatch | None:
+        """Return a micro-batch with its items counted again; None if it must be loaded again."""
+        if micro.is_dummy:
+            return None if micro.slice.rows else micro
+        again = self._micro_batch(micro.batch, micro.slice)
+        return None if again.is_dummy else again
+
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
         """Return the two halves of a micro-batch, at its width."""
         n_rows = len(micro.slice.rows)

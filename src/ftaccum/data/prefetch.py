@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..planning.base_plan import BasePlan, Window
 from ..planning.halves import CutWindow, MeasuredWindows, split_halves
@@ -61,6 +61,17 @@ class WindowLoader:
     def again(self, local_window: LocalWindow) -> LocalWindow:
         """Return the same window, split by the current planner. All processes must call it."""
         return self.process_group.run_on_all(lambda: self.cut_anew(local_window))
+
+    def counted_again(self, local_window: LocalWindow) -> LocalWindow:
+        """Return the same window with its loss items counted again. All processes must call it.
+
+        If rows have got or lost all their items, load the window again, because dummies stand in for rows without any.
+        """
+        counted = [self.loader.counted_again(micro) for micro in local_window.micro_batches]
+        kept = [micro for micro in counted if micro is not None]
+        if self.process_group.any(len(kept) < len(counted)):
+            return self.again(local_window)
+        return replace(local_window, micro_batches=kept)
 
     def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
         """Do the same as `again`, but on this process alone."""

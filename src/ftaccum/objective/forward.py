@@ -53,6 +53,11 @@ class Forward(ABC):
         """The way to count the loss items, if it is known."""
         return None
 
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The functions and modules whose state decides how the loss is computed, besides the model, by name."""
+        return {f"loss module {n}": module for n, module in enumerate(self.modules)}
+
     @abstractmethod
     def _outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on a batch and return its outputs."""

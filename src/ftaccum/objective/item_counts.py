@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import DataError, SettingsError
@@ -22,6 +23,7 @@ TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"
 
 Batch = Any  # a mapping of tensors, or a tuple (inputs, targets)
 CountItems = Callable[[Batch], Any]
+Declared = tuple[int, Tensor | None]  # the ignored label, and class weights of shape (classes,)
 
 
 def rows_of(batch: Batch) -> int:
@@ -49,12 +51,20 @@ def targets_of(batch: Batch) -> Tensor | None:
 class ItemCounter:
     """The ways to count a batch's loss items, by name. If several explain a loss equally well, the first is used."""
 
-    def __init__(self, ignore_index: int = IGNORE_INDEX, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        ignore_index: int = IGNORE_INDEX,
+        class_weights: Tensor | None = None,
+        declared: Callable[[], Declared] | None = None,
+    ) -> None:
         """Args:
         class_weights: the class weights that the loss declares. Its mean is over the weights of the labels.
+        declared: returns the ignored label and the class weights that the loss declares at present; None if they stay.
         """
         self.ignore_index = ignore_index
-        self._class_weights = None if class_weights is None else class_weights.detach().cpu()
+        self._declared = declared or (lambda: (ignore_index, class_weights))
+        self._had_weights = self._declared()[1] is not None
+        self._on_host = _OnHost()
         self.ways: dict[str, CountItems] = {
             "class weights": self._weights,
             "labels": self._labels,
@@ -73,7 +83,7 @@ class ItemCounter:
         names = [*(["labels"] if integers else []), "rows", "elements"]
         if integers and targets.ndim == 2 and targets.shape[1] > 1:
             names.insert(1, AFTER_SHIFT)
-        if integers and self._class_weights is not None:
+        if integers and self._declared()[1] is not None:
             names.insert(0, "class weights")
         return {name: self.ways[name] for name in names} | self.of_inputs(batch)
 
@@ -92,15 +102,19 @@ class ItemCounter:
         return "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
 
     def _weights(self, batch: Batch) -> float:
+        ignored, weights = self._declared()
         targets = _targets(batch)
-        assert self._class_weights is not None, "only where `applicable` names it"
-        return float(self._class_weights[targets[targets != self.ignore_index].cpu()].sum())
+        counted = targets[targets != ignored]
+        return len(counted) if weights is None else float(self._on_host(weights)[counted.cpu()].sum())
 
-    def _labels(self, batch: Batch) -> int:
-        return int((_targets(batch) != self.ignore_index).sum())
+    def _labels(self, batch: Batch) -> float:
+        ignored, weights = self._declared()
+        if weights is not None and not self._had_weights:
+            return self._weights(batch)
+        return int((_targets(batch) != ignored).sum())
 
     def _shifted_labels(self, batch: Batch) -> int:
-        return int((_targets(batch)[:, 1:] != self.ignore_index).sum())
+        return int((_targets(batch)[:, 1:] != self._declared()[0]).sum())
 
     def _elements(self, batch: Batch) -> int:
         return _targets(batch).numel()
@@ -109,6 +123,22 @@ class ItemCounter:
         """Return whether a batch has a label that counts, or no integer labels."""
         count = self.applicable(batch).get("labels")
         return count is None or bool(count(batch))
+
+
+class _OnHost:
+    """The class weights in the host's memory, copied only if they have changed: to copy them waits for the device."""
+
+    def __init__(self) -> None:
+        self._weights: Tensor | None = None
+        self._version, self._copy = 0, torch.empty(0)
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        version = 0 if weights.is_inference() else weights._version
+        if weights.device.type == "cpu":
+            return weights.detach()
+        if weights is not self._weights or version != self._version:
+            self._weights, self._version, self._copy = weights, version, weights.detach().cpu()
+        return self._copy
 
 
 def _tokens(batch: Batch) -> int:

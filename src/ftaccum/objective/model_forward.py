@@ -57,6 +57,10 @@ class ModelForward(Forward):
         self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
 
     @property
+    def state(self) -> Mapping[str, Any]:
+        return {"loss_fn": self.loss_fn}
+
+    @property
     def counted_by(self) -> str | None:
         """The way to count, if it is known: only for the next-token loss, which is computed here."""
         return AFTER_SHIFT if self._read_loss is _next_token_loss else None

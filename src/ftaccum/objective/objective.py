@@ -1,7 +1,7 @@
 """The objective of training: mean losses of a model on micro-batches, and the number of loss items in each."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,11 @@ class Objective:
     def modules(self) -> Sequence[nn.Module]:
         """The modules that compute the loss, besides the model."""
         return self._forward.modules
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The functions and modules whose state decides how the loss is computed, besides the model, by name."""
+        return self._forward.state
 
     @property
     def labelled_head(self) -> LabelledHead | None:

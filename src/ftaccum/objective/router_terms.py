@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..runtime.process_group import ProcessGroup
 from ..runtime.tensor_collectives import sum_over_processes
 from .item_counts import Batch
@@ -69,16 +70,23 @@ class ComputedBalances(ComputedTerms):
     means: Means
 
     def part(self, index: int, values: Values) -> WindowPart:  # noqa: ARG002
-        parts = [
-            balance.part(RouterTotals(**_named(balance, values)), self.windows[balance.name])
-            for balance in self.balances
-        ]
+        parts = [balance.part(_totals(balance, values), self.windows[balance.name]) for balance in self.balances]
         total = torch.stack(parts).sum()
         return WindowPart(total, total)
 
     def zero(self, values: Values) -> Tensor:
-        probabilities = [RouterTotals(**_named(balance, values)).probabilities_E for balance in self.balances]
+        probabilities = [_totals(balance, values).probabilities_E for balance in self.balances]
         return torch.stack([each.sum() * 0 for each in probabilities]).sum()
+
+
+def _totals(balance: RouterBalance, values: Values) -> RouterTotals:
+    own = _named(balance, values)
+    if not own:
+        raise DataError(
+            f"The model no longer returns `{balance.name}`, which its loss had before training. Leave "
+            "`config.output_router_logits` as it is until the run ends, or set it before the run."
+        )
+    return RouterTotals(**own)
 
 
 def _named(balance: RouterBalance, values: Values) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The forward pass of a model whose loss reads all rows of a window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ class WindowForward(ModelForward):
         super().__init__(model, batch, window_loss)
         self.window_loss = window_loss
         self._flags = {}  # `loss_fn` computes the loss, so the model need not
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        return self.window_loss.state
 
     def _settle(
         self,

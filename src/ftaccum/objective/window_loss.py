@@ -36,6 +36,11 @@ class WindowLoss(nn.Module):
         self.loss_fn, self._loss_inputs = loss_fn, loss_inputs
         self._columns: frozenset[str] | None = None
 
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The user's functions, by name."""
+        return {"loss_fn": self.loss_fn, "loss_inputs": self._loss_inputs}
+
     def find_columns(self, batches: Sequence[Batch]) -> None:
         """Decide which columns the loss gets: those of at most two dimensions whose rows all have the same shape.
 

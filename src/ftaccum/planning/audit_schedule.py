@@ -11,6 +11,7 @@ _COST = 2.0  # windows: an audit of a whole window computes its gradient twice
 _LATER = (4, 16, 64)  # the updates of these audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
 _EXTRA = 8  # audits of updates with new values at any cost
+_CHANGES = 8  # audits at any cost of updates before which the state of the loss has changed
 
 
 class AuditSize(Enum):
@@ -30,7 +31,8 @@ class AuditSchedule:
     training time.
 
     Updates with label values or flags that no earlier update had are audited on a few rows: eight at any cost, and more
-    while audits have taken less than 1% of the training time.
+    while audits have taken less than 1% of the training time. The same holds for updates before which the state of the
+    loss has changed, such as its class weights. These are audited as well if `audit` is a number.
 
     Attributes:
         audit: the setting: True, False, or the number of updates from one audit to the next.
@@ -38,6 +40,7 @@ class AuditSchedule:
         spent: seconds that audits have taken.
         trained: seconds of training, without audits.
         extra: how many more updates with new values are audited at any cost.
+        changes: how many more updates with a changed loss are audited at any cost.
     """
 
     audit: bool | int
@@ -45,6 +48,7 @@ class AuditSchedule:
     spent: float = 0.0
     trained: float = 0.0
     extra: int = _EXTRA
+    changes: int = _CHANGES
     _planned: dict[int, AuditSize] = field(init=False)
     _ahead: list[int] = field(init=False)
 
@@ -71,53 +75,62 @@ class AuditSchedule:
         """Return the rows that the audit of an update takes.
 
         Args:
-            is_new: whether the update has new values.
+            is_new: whether the update has new values, or a changed loss.
         """
         if self.n_updates == 1:
             return AuditSize.WHOLE_WINDOW
-        if self.audit is not True:
-            return AuditSize.FEW_ROWS if update == 1 else AuditSize.WHOLE_WINDOW
         if self.is_due(update):
+            if self.audit is not True:
+                return AuditSize.FEW_ROWS if update == 1 else AuditSize.WHOLE_WINDOW
             return self._planned.get(self._ahead[0], AuditSize.WHOLE_WINDOW)
         return AuditSize.FEW_ROWS if is_new else AuditSize.WHOLE_WINDOW
 
     @property
     def takes_others(self) -> bool:
-        """Whether updates that are not due may be audited."""
+        """Whether updates that are not due may be audited for their rows."""
         return self.audit is True and (bool(self._ahead or self.extra) or not self.is_short)
 
-    def may_take(self, *, is_new: bool) -> bool:
+    def may_take(self, *, is_new: bool, is_changed: bool = False, is_news: bool = False) -> bool:
         """Return whether to audit an update that is not due.
 
         Args:
             is_new: whether the update has label values, flags or columns that no earlier update had.
+            is_changed: whether the state of the loss has changed since the last audit.
+            is_news: whether it has changed at a place where it rarely changes.
         """
+        if is_news and self.changes and self.audit is not False:
+            return True
         if self.audit is not True:
             return False
         if is_new and self.extra:
             return True
-        share = _SHARE if is_new else _SHARE_ORDINARY
+        share = _SHARE if is_new or is_changed else _SHARE_ORDINARY
         return not (self._ahead or self.is_short) and self.spent < share * self.trained
 
-    def done(self, seconds: float, *, is_planned: bool) -> None:
+    def done(self, seconds: float, *, is_planned: bool, is_news: bool = False) -> None:
         """Record an audit.
 
         Args:
             seconds: the time that it took.
             is_planned: whether the update was due, regardless of its rows.
+            is_news: whether the state of the loss had changed at a place where it rarely changes.
         """
         self.spent += seconds
         if is_planned:
             self._ahead = self._ahead[1:]
+        elif is_news:
+            self.changes = max(0, self.changes - 1)
         else:
             self.extra = max(0, self.extra - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent, "trained": self.trained, "ahead": self._ahead, "extra": self.extra}
+        numbers = {"spent": self.spent, "trained": self.trained, "extra": self.extra, "changes": self.changes}
+        return {**numbers, "ahead": self._ahead}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.spent, self.trained = state_dict["spent"], state_dict["trained"]
         self._ahead, self.extra = state_dict["ahead"], state_dict["extra"]
+        self.changes = state_dict.get("changes", _CHANGES)  # older checkpoints lack it
 
 
 def _plan_audits(n_updates: int) -> dict[int, AuditSize]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .log import logger
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_OF_SHARDING = "__composable_api_state_key"  # prefix of the attributes of FSDP2, which keeps its own state
+OF_SHARDING = "__composable_api_state_key"  # prefix of the attributes of FSDP2, which keeps its own state
 _BUDGET = 2**28  # most bytes of tensors and arrays to copy
 _DEPTH = 3  # levels of containers and objects to look into
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Objects not to look into: modules are visited one by one, and the others have no state or are restored elsewhere.
-_WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
+_WHOLE = (*GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
 # Where a module keeps its forward hooks, by id.
 _HOOKS_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS_BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
@@ -99,7 +99,7 @@ class ModuleAttributes:
 
     def hold_generators(self) -> bool:
         """Return whether any attribute is a random number generator."""
-        return any(isinstance(value.value, _GENERATORS) for kept in self._kept.values() for value in kept.values())
+        return any(isinstance(value.value, GENERATORS) for kept in self._kept.values() for value in kept.values())
 
 
 def _settle_8bit_weights(module: Any) -> None:
@@ -237,7 +237,7 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, value)
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and not name.startswith(_OF_SHARDING)
+        if name not in _OF_EVERY_MODULE and not name.startswith(OF_SHARDING)
     ]
 
 

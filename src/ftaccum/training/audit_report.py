@@ -1,5 +1,6 @@
 """The message about an audit's finding: the figures, the likely cause and the remedy."""
 
+from collections.abc import Sequence
 from enum import Enum
 
 from ..accumulation.audit import ANOTHER_CUT, Audit
@@ -37,6 +38,10 @@ _REMEDIES = {
 _REMEDY_OF_LABELLED_HEAD = (
     " If the loss has started to read logits at positions without a label, set `loss_head='full'`."
 )
+_REMEDY_OF_CHANGE = (
+    " The loss has changed since it was measured, before training: {places}. Items are still counted as before the "
+    "change. Train the part after it in a new run."
+)
 
 
 def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause | None:
@@ -54,7 +59,9 @@ def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause |
     return Cause.COUNTS if audit.loss_error > tolerance else Cause.BACKWARD
 
 
-def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, counted_by: str) -> str:
+def describe_finding(
+    audit: Audit, update: int, tolerance: float, cause: Cause, counted_by: str, changed: Sequence[str] = ()
+) -> str:
     """Return the message about a gradient that is not exact.
 
     Args:
@@ -63,10 +70,14 @@ def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, 
         tolerance: the largest relative error that counts as rounding.
         cause: the likely cause.
         counted_by: the name of the items that the loss is taken to be a mean over.
+        changed: where the state of the loss has changed since the last audit.
     """
     remedy = _REMEDIES[cause].format(loss=_percent(audit.loss_error), counted_by=counted_by)
     if cause is Cause.COUNTS and audit.selects_positions:
         remedy += _REMEDY_OF_LABELLED_HEAD
+    if cause is Cause.COUNTS and changed:
+        places = ", ".join(f"`{place}`" for place in changed[:_NAMED]) + (" and others" * (len(changed) > _NAMED))
+        remedy += _REMEDY_OF_CHANGE.format(places=places)
     if cause is Cause.STATE:
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
     parts = list(audit.parameters.items())

@@ -12,7 +12,6 @@ from torch import nn
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..errors import DataError, SettingsError
-from ..objective.item_counts import ItemCounter
 from ..objective.labelled_check import find_labelled_head
 from ..objective.labelled_head import LabelledHead
 from ..objective.last_layer import LastLayer
@@ -33,7 +32,7 @@ from ..runtime.sharding.launcher import find_sharding
 from .build_cache import build_cache
 from .class_loss import build_class_loss
 from .config import RunConfig
-from .declared import class_weights_of
+from .declared import counter_of
 from .loss_faults import loss_fault
 
 
@@ -162,7 +161,7 @@ def _measure(
         model,
         forward,
         few,
-        item_counter=ItemCounter(ignore_index, class_weights_of(model, forward.loss_fn)),
+        item_counter=counter_of(model, forward.loss_fn, ignore_index),
         count_items=config.components.count_items,
         sums=config.components.reduction == "sum",
         balances_window=config.recipe.router_balance == "window",

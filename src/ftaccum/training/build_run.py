@@ -20,6 +20,7 @@ from ..planning.batch_size import BatchSizes
 from ..planning.evaluation_schedule import EvaluationSchedule
 from ..planning.halves import MeasuredWindows
 from ..planning.plan import Plan
+from ..runtime.watched_state import WatchedState
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
@@ -204,10 +205,17 @@ class TrainingSetup(OptimizedRun):
             AuditSchedule(audit, self.plan.n_windows),
             objective.report,
             self.process_group,
+            self.loss_state,
             self.metrics_logger.audit,
             rounding=Rounding.of(dtypes, self.accelerator.mixed_precision),
             on_inexact=runtime.on_inexact,
         )
+
+    @cached_property
+    def loss_state(self) -> WatchedState:
+        """The state of the loss, which callbacks may change."""
+        objective, count_items = self.data.objective, self.config.components.count_items
+        return WatchedState(self.model, lambda: {**objective.state, "count_items": count_items})
 
     def audited_window(self, window: LocalWindow) -> AuditedWindow:
         """Return a window as audits see it."""

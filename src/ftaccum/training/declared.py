@@ -1,4 +1,7 @@
-"""The ignored label and the class weights that a loss declares. The self-check measures whether they are right."""
+"""The ignored label and the class weights that a loss declares. The self-check measures whether they are right.
+
+A callback may change them during the run, so they are read at each count.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import Rows
 from ..data.row import Row
-from ..objective.item_counts import IGNORE_INDEX
+from ..objective.item_counts import IGNORE_INDEX, Declared, ItemCounter
 from .config import Components
 
 _LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -48,13 +51,35 @@ def class_weights_of(model: nn.Module, loss_fn: Any) -> Tensor | None:
     return weights if isinstance(weights, Tensor) and weights.ndim == 1 else None
 
 
+def counter_of(model: nn.Module, loss_fn: Any, ignore_index: int) -> ItemCounter:
+    """Return the ways to count the items of a loss, by the ignored label and the class weights that it declares.
+
+    Args:
+        ignore_index: the label that is ignored if the loss declares none.
+    """
+    # A user's loss may replace the loss inside it. A model is large, and searched only once.
+    source = _loss_inside(model) if loss_fn is None else loss_fn
+
+    def declared() -> Declared:
+        if source is None:
+            return ignore_index, None
+        ignored, weights = _declared(model, source, "ignore_index"), class_weights_of(model, source)
+        return ignored if isinstance(ignored, int) else ignore_index, weights
+
+    return ItemCounter(ignore_index, declared=declared)
+
+
 def _declared(model: nn.Module, loss_fn: Any, name: str) -> Any:
     """Return an attribute of `loss_fn` or, if it has none, of the only loss module inside `loss_fn` or the model."""
     if isinstance(loss_fn, functools.partial):
         return loss_fn.keywords.get(name)
     if loss_fn is not None and hasattr(loss_fn, name):
         return getattr(loss_fn, name)
-    owner = model if loss_fn is None else loss_fn
+    return getattr(_loss_inside(model if loss_fn is None else loss_fn), name, None)
+
+
+def _loss_inside(owner: Any) -> nn.Module | None:
+    """Return the only loss module inside a module; None if there is none, or several."""
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     losses = [module for module in modules if isinstance(module, _LOSSES)]
-    return getattr(losses[0], name) if len(losses) == 1 else None
+    return losses[0] if len(losses) == 1 else None

@@ -22,6 +22,7 @@ from ..tracking.step import StepResult
 from .closure import ClippedGradient, NonFiniteStepError, closure_of, needs_closure
 from .nonfinite import NonFiniteUpdate
 from .rates import rate_in_use, scale_learning_rates
+from .schedule import cover_new_groups
 
 _PASSES_DIFFER = (
     "With `loss_over='window'` or `router_balance='window'`, each micro-batch runs twice, and both passes must give "
@@ -45,14 +46,15 @@ class LoopHooks:
 
     Attributes:
         split: called if memory runs out.
-        before_update: called with each window before its first pass.
+        before_update: called with each window before its first pass; returns it, with its loss items counted again if
+            they may have changed.
         after_update: called after each window, with its result; returns whether to take another one.
         before_step: called before each optimizer step, with the gradient clipped.
         after_step: called after each optimizer step, before the gradient is dropped.
     """
 
     split: Split
-    before_update: Callable[[LocalWindow], None]
+    before_update: Callable[[LocalWindow], LocalWindow]
     after_update: Callable[[StepResult, NonFiniteUpdate | None], bool]
     before_step: Callable[[], None] = lambda: None
     after_step: Callable[[], None] = lambda: None
@@ -103,8 +105,7 @@ class TrainingLoop:
         self._accumulator.zero_gradients()  # the model may have come with gradients
         with self._strategy.accumulating():
             while (window := self._next(windows)) is not None:
-                hooks.before_update(window)
-                window, accumulated = self._accumulate(window, hooks.split)
+                window, accumulated = self._accumulate(hooks.before_update(window), hooks.split)
                 self.in_update = True
                 self._read_ahead(windows)
                 result, non_finite = self._update(window, accumulated, hooks)
@@ -135,6 +136,7 @@ class TrainingLoop:
             The result of the update, and a description of what was not finite, or None.
         """
         factor = self._rate_factor(window.window.index)
+        cover_new_groups(self._schedule)
         rate = rate_in_use(self._schedule.optimizer, factor)
         gradient = self._clip(accumulated)
         skipped = not gradient.is_finite or not gradient.n_items > 0
@@ -142,10 +144,12 @@ class TrainingLoop:
         if not skipped:
             try:
                 hooks.before_step()
+                cover_new_groups(self._schedule)
                 rate = rate_in_use(self._schedule.optimizer, factor)  # a hook may set another one
                 with self._timer.phase("optimizer"), scale_learning_rates(self._schedule.optimizer, factor):
                     self._step(window, accumulated, hooks.split)
                 hooks.after_step()
+                cover_new_groups(self._schedule)
                 with self._timer.phase("optimizer"):
                     self._schedule.step()
             except NonFiniteStepError as error:

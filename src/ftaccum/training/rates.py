@@ -190,9 +190,9 @@ def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, rates in zip(optimizer.param_groups, before, strict=True):
-            group.pop("initial_lr", None)
-            group.update(rates)
+        for n, group in enumerate(optimizer.param_groups):
+            peak = group.pop("initial_lr", group.get("lr"))  # the rate with which a callback has added a group
+            group.update(before[n] if n < len(before) else {"lr": peak})
         for rate, value in tensors:  # a schedule changes tensors in place
             rate.copy_(value)
 

@@ -219,9 +219,13 @@ class TrainingRun(RunWithOutputs):
             self.gradients.show()
         self.callback_handler.send("on_pre_optimizer_step")
 
-    def _before_update(self, window: LocalWindow) -> None:
+    def _before_update(self, window: LocalWindow) -> LocalWindow:
+        state = self.loss_state  # taken before callbacks of the first update can change it
         self.callback_handler.begin_step()
+        if self.process_group.any(state.look()):  # since the window was read ahead and counted
+            window = self.window_loader.counted_again(window)
         self.audits.before_update(self.audited_window(window))
+        return window
 
     def _after_update(self, result: StepResult, non_finite: NonFiniteUpdate | None) -> bool:
         """Record an update, do what is due after it, and return whether training goes on."""

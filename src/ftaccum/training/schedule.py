@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -59,6 +59,23 @@ def make_schedule(
         raise SettingsError(
             [f"`lr_scheduler_kwargs` is {_options_of(recipe)!r}, which cannot be used at the rate {peak:g}: {error}."]
         ) from error
+
+
+def cover_new_groups(schedule: LRScheduler) -> None:
+    """Scale groups that a callback has added to the optimizer as well. Their rates are peaks, as those of the others.
+
+    The schedules that a recipe may name have one factor for all groups.
+    """
+    assert isinstance(schedule, LambdaLR), "all schedules that depend on nothing but the number of updates are"
+    for group in schedule.optimizer.param_groups[len(schedule.base_lrs) :]:
+        if sets_its_own(group):
+            group["lr"] = 0.0
+        factor = schedule.lr_lambdas[0]
+        peak = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+        group["initial_lr"] = peak
+        group["lr"] = peak * factor(schedule.last_epoch)
+        schedule.base_lrs.append(peak)
+        schedule.lr_lambdas.append(factor)
 
 
 def _options_of(recipe: Recipe) -> dict[str, Any]:

@@ -142,7 +142,11 @@ class ExactAccumulation:
             self.means = {}
             return float("nan")
         micro_batches = self._micro_batches(batches, self._measured)
-        self._audits.before_window(micro_batches)
+        try:
+            self._audits.before_window(micro_batches)
+        except Exception:
+            self._accumulator.zero_gradients()
+            raise
         return self._accumulate(micro_batches)
 
     @property
@@ -187,6 +191,7 @@ class ExactAccumulation:
             self._known.fill,
             AuditSchedule(self._audit, sys.maxsize),
             self._loss.on_inexact,
+            lambda: {**self._known.objective.state, "count_items": self._loss.count_items},
         )
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import SettingsError
-from ...objective.item_counts import Batch, ItemCounter
+from ...objective.item_counts import Batch
 from ...objective.loss_scale import find_divisor
 from ...objective.model_forward import ModelForward
 from ...objective.objective import Objective
@@ -17,7 +17,7 @@ from ...runtime.model_context import run_eagerly, without_autocast
 from ...runtime.process_group import ProcessGroup
 from ...runtime.wrapped_models import uncompiled, weights_differ
 from ...training.build_plan import report_loss_scale
-from ...training.declared import class_weights_of
+from ...training.declared import counter_of
 from ..measured_batches import sample_of_window
 from ..window_width import padding_of
 
@@ -73,7 +73,7 @@ def measure_loss(
         )
     fill = padding_of(model, loss.loss_fn, batches[0]) if batches else None
     fill = next((each for each in process_group.gather(fill) if each), {"input_ids": 0, "labels": -100})
-    item_counter = ItemCounter(fill["labels"], class_weights_of(model, loss.loss_fn))
+    item_counter = counter_of(model, loss.loss_fn, fill["labels"])
     sample = sample_of_window(batches, item_counter, fill["input_ids"], process_group)
     if sample is None:
         return None

@@ -23,7 +23,7 @@ from ...runtime.log import logger
 from ...runtime.model_context import run_eagerly, without_autocast
 from ...runtime.state_guards import preserve_buffers, preserve_rng
 from ...training.build_plan import report_loss_scale
-from ...training.declared import class_weights_of
+from ...training.declared import counter_of
 from ..exact_options import ExactOptions
 from ..window_width import padding_of
 from .mean_loss import MeanLoss
@@ -98,7 +98,7 @@ def item_counter_of(trainer: Any, fill: Mapping[str, int]) -> ItemCounter:
     Args:
         fill: the padding of columns.
     """
-    return ItemCounter(fill["labels"], class_weights_of(trainer.model, trainer.compute_loss_func))
+    return counter_of(trainer.model, trainer.compute_loss_func, fill["labels"])
 
 
 def sample_of_loader(trainer: Any, loader: Any) -> Sample | None:

@@ -26,7 +26,7 @@ from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_
 from .repeated_rows import RepeatedRows
 from .shared_order import share_order
 from .trainer_forward import ComputeLoss
-from .trainer_state import preserved
+from .trainer_state import names_read_by, preserved, state_of
 from .uneven_gather import gather_uneven, gathering
 
 _WITHOUT_OWN_STEP = ("transformers.trainer", "ftaccum.bridges.trainer.exact_trainer")
@@ -134,6 +134,10 @@ class TrainerWindows:
 
     def _new_audits(self) -> WindowAudits:
         trainer, options = self._trainer, self._trainer.exact_options
+        names = names_read_by(self._compute_loss, trainer)
+        function = getattr(
+            self._compute_loss, "__func__", None
+        )  # without its trainer, whose state changes all the time
         audits = WindowAudits(
             LoopAccelerator(self._accelerator, None, self._accelerator.device),
             trainer.model,
@@ -142,6 +146,7 @@ class TrainerWindows:
             padding_of(trainer.model, trainer.compute_loss_func, self.measured.dummy.batch),
             AuditSchedule(options.audit, trainer.state.max_steps),
             options.on_inexact,
+            lambda: {**state_of(trainer, names), "compute_loss": function},
         )
         audits.during = self._unnoticed
         return audits

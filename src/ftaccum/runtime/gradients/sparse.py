@@ -29,12 +29,16 @@ class SparseEmbeddingGradients:
             left_sparse: parameters whose sparse gradients the optimizer gets as they are.
         """
         modules = [] if is_compiled(model) else list(model.modules())
-        self._tables = [m for m in modules if isinstance(m, nn.Embedding) and _can_be_sparse(m, left_sparse)]
+        self._all_tables = [m for m in modules if isinstance(m, nn.Embedding)]
+        self._left_sparse = left_sparse
+        self._tables: list[nn.Embedding] = []
         self._sums: dict[Tensor, Tensor] = {}
 
     @contextmanager
     def sparse(self) -> Iterator[None]:
         """Make the tables produce sparse gradients. Inside, call `collect` after each pass."""
+        # A callback may have registered hooks since the last window, or frozen a table.
+        self._tables = [table for table in self._all_tables if _can_be_sparse(table, self._left_sparse)]
         before = [table.sparse for table in self._tables]
         for table in self._tables:
             table.sparse = True
