@@ -66,8 +66,11 @@ def cover_new_groups(schedule: LRScheduler) -> None:
 
     The schedules that a recipe may name have one factor for all groups.
     """
+    new = schedule.optimizer.param_groups[len(schedule.base_lrs) :]
+    if not new:
+        return
     assert isinstance(schedule, LambdaLR), "all schedules that depend on nothing but the number of updates are"
-    for group in schedule.optimizer.param_groups[len(schedule.base_lrs) :]:
+    for group in new:
         if sets_its_own(group):
             group["lr"] = 0.0
         factor = schedule.lr_lambdas[0]
