@@ -25,8 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TESTS = Path(__file__).parent
 OF_EXACT = {
-    "test_exact_trainer.py", "test_exact_trainer_refusals.py", "test_exact_trainer_windows.py", "test_exact_trl.py",
-    "test_repeated_rows.py",
+    "test_exact_trainer.py", "test_exact_trainer_guards.py", "test_exact_trainer_refusals.py",
+    "test_exact_trainer_windows.py", "test_exact_trl.py", "test_repeated_rows.py",
 }  # fmt: skip
 _LAUNCHER = pytest.StashKey[Launcher]()
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from exactness import windows_of
 from ftaccum import load_task, test_fine_tuning
@@ -19,6 +20,10 @@ from silent_errors.text_columns import TINY, word_tokenizer
 TEXTS = ["a good film", "the plot drags", "good", "a slow second act in the film", "the film", "a plot", "slow"]
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ann", "lives", "in", "new", "york", "and", "bo", "##by", "##s", "who"]
 PIECES += ["where", "?", "the", "big", "city", "was", "old", ",", "##land", "."]
+needs_image_processor = pytest.mark.skipif(
+    getattr(AutoImageProcessor, "is_dummy", False),
+    reason="the image processors of this version need torchvision, which is not installed",
+)
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:

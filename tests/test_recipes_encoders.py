@@ -17,7 +17,7 @@ from transformers import (
 
 from recipe_runs import run_recipe
 from silent_errors.text_columns import word_tokenizer
-from task_files import TEXTS, piece_tokenizer, save_encoder, save_rows
+from task_files import TEXTS, needs_image_processor, piece_tokenizer, save_encoder, save_rows
 
 
 def token_classification_words(folder: Path) -> list[str]:
@@ -99,6 +99,7 @@ def test_masked_lm(tmp_path: Path) -> None:
     assert len(pipeline("fill-mask", model)("a good [MASK]", top_k=2)) == 2
 
 
+@needs_image_processor
 def test_image_classification(tmp_path: Path) -> None:
     model = _train("image_classification", image_classification_words(tmp_path), tmp_path)
     found = pipeline("image-classification", model)(Image.new("RGB", (9, 7)))

@@ -32,7 +32,7 @@ from ftaccum.data.columns import ColumnRules
 from ftaccum.data.padding import PaddingCollator
 from heads import relative_error
 from recipe_runs import RECIPES, run_recipe
-from task_files import save_rows
+from task_files import needs_image_processor, save_rows
 
 PAIRS = [
     {"prompt": "hi", "chosen": "hello", "rejected": "a"}, {"prompt": "who", "chosen": "me", "rejected": "you or me"},
@@ -224,6 +224,7 @@ def test_a_teacher_is_frozen_and_stays_in_eval_mode() -> None:
     assert {name.partition(".")[0] for name, p in wrapped.named_parameters() if p.requires_grad} == {"model"}
 
 
+@needs_image_processor
 def test_distillation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*distillation_words(tmp_path), *TWO, "--output_dir", str(tmp_path / "out")]
     assert run_recipe("distillation", *words) == 0
@@ -233,6 +234,7 @@ def test_distillation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(classify.model.state_dict()) == len(vit(0).state_dict()), "the student alone is saved"
 
 
+@needs_image_processor
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = distillation_words(tmp_path)
     (tmp_path / "images" / "light").rename(tmp_path / "images" / "bright")

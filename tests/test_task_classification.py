@@ -12,13 +12,13 @@ from datasets import ClassLabel, Dataset, Features, List
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoTokenizer, EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
 from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
-from task_files import TEXTS, save_encoder, save_rows, task_errors
+from task_files import TEXTS, needs_image_processor, save_encoder, save_rows, task_errors
 
 QUIET = {"progress": False, "verbosity": "quiet", "n_epochs": 1}
 
@@ -81,15 +81,23 @@ def test_lists_of_names_are_several_classes(encoder: str, tmp_path: Path) -> Non
     assert loaded.model.config.problem_type == "multi_label_classification"
 
 
-def test_decimal_numbers_are_predicted_as_numbers(encoder: str, tmp_path: Path) -> None:
-    rows = labelled([0.5, -1.0, 2.25, 0.0, 1.5, -0.5, 3.0])
+NUMBERS = labelled([0.5, -1.0, 2.25, 0.0, 1.5, -0.5, 3.0])
 
+
+@pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="older torch cannot derive `mse_loss` of float64 and float32"
+)
+def test_decimal_numbers_train_exactly(encoder: str, tmp_path: Path) -> None:
     def loss(model: nn.Module, window: list[dict[str, Any]]) -> Tensor:
         wanted = torch.tensor([row["label"] for row in window]).double()
         return F.mse_loss(model(**tokens(window)).logits.squeeze(-1), wanted)
 
-    file = save_rows(tmp_path / "rows.jsonl", rows)
-    assert max(task_errors("text-classification", encoder, file, rows, loss)) < 1e-12
+    file = save_rows(tmp_path / "rows.jsonl", NUMBERS)
+    assert max(task_errors("text-classification", encoder, file, NUMBERS, loss)) < 1e-12
+
+
+def test_decimal_numbers_are_predicted_as_numbers(encoder: str, tmp_path: Path) -> None:
+    file = save_rows(tmp_path / "rows.jsonl", NUMBERS)
     loaded = load_task("text-classification", encoder, file, file)
     result = test_fine_tuning(**loaded.arguments(), **QUIET)
     assert result.metrics[-1].keys() == {"mse", "mae", "pearson", "spearman"}
@@ -214,6 +222,19 @@ def test_a_trained_model_with_one_output_keeps_its_kind_of_labels(problem_type: 
     assert Labels.of_config(config).problem_type == problem_type
 
 
+def test_a_missing_library_is_named_without_advice_about_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs_library(*_: Any, **__: Any) -> None:
+        raise ImportError("\nAutoTokenizer requires the\nLibrary.\n")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", needs_library)
+    file = save_rows(tmp_path / "rows.jsonl", labelled([0, 1] * 3 + [0]))
+    with pytest.raises(SettingsError, match=r"'model' cannot be loaded: AutoTokenizer requires the Library\.$"):
+        load_task("text-classification", "model", file)
+
+
+@needs_image_processor
 def test_images_of_a_folder_become_classes(tmp_path: Path) -> None:
     for n in range(6):
         file = tmp_path / "images" / ("dark", "light")[n % 2] / f"{n}.png"

@@ -242,7 +242,7 @@ def test_an_answer_without_its_place_is_looked_for(encoder: str, tmp_path: Path)
             "have an answer that cannot be found. The first is row 1",
         ),
         ({"answers": {"text": ["in"], "answer_start": [1]}}, "its context contains 2 times 'in', and `answer_start`"),
-        ({"answers": {"text": ["in", "New York"], "answer_start": [3]}}, "row 1 has {'text': ['in', 'New York']"),
+        ({"answers": {"text": ["in", "New York"], "answer_start": [3]}}, r"row 1 has {.*'text': \['in', 'New York'\]"),
         ({"question": None}, "row 1 has None instead of a text as its question. Name the column"),
         ({"context": None}, "row 1 has None instead of a text as its context"),
     ],
@@ -252,9 +252,8 @@ def test_a_row_that_does_not_fit_is_named_before_the_model_is_loaded(
 ) -> None:
     row = {**ROWS[0], "context": "in New York in the city", "answers": {"text": ["city"], "answer_start": [19]}}
     file = save_rows(tmp_path / "rows.jsonl", [ROWS[0], {**row, **change}])
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=words):
         load_task("question-answering", "/absent", file)
-    assert words in str(caught.value)
 
 
 def test_answers_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Dynamo gives tensors that it reaches through a module, such as attributes of a hook object, a fixed shape: it would
 compile each number of positions anew. Tensors in a global variable have free sizes, and a hook that is always the same
-function does not start a compilation when it is registered again.
+function does not start a compilation when it is registered again. It would if registered with `with_kwargs=True` in
+older torch, where Dynamo compiles for the number of each such hook.
 
 Shape suffixes: B rows, L tokens of a row, N labelled positions, P padded positions, H hidden size, V vocabulary.
 """
@@ -71,7 +72,7 @@ def loss_in_graphs(
     targets_P = positions.targets(labels_BL, places_P)
     targets_P[n:] = positions.ignore_index
     # Both in each pass: Dynamo does not notice a hook that is missing where it has seen none.
-    hooks = head.register_forward_pre_hook(_select, with_kwargs=True), head.register_forward_hook(_take_loss)
+    hooks = head.register_forward_pre_hook(_select), head.register_forward_hook(_take_loss)
     _STATE.labels, _STATE.places, _STATE.ignore_index = labels_BL, places_P, positions.ignore_index
     _STATE.targets = targets_P if drops_logits else None
     try:
@@ -105,9 +106,7 @@ def _padded(places_N: Tensor, shape_BL: torch.Size) -> Tensor:
     return torch.cat([places_N, padding])
 
 
-def _select(
-    _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return the inputs of the head at the places of the pass; None to leave them as they are."""
     labels_BL, places_P = _STATE.labels, _STATE.places
     if labels_BL is None or places_P is None or not inputs:
@@ -115,7 +114,7 @@ def _select(
     hidden_BLH, *others = inputs
     if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != labels_BL.shape:
         return None
-    return (hidden_BLH.flatten(0, 1).index_select(0, places_P)[None], *others), options
+    return hidden_BLH.flatten(0, 1).index_select(0, places_P)[None], *others
 
 
 def _take_loss(_: nn.Module, __: tuple[Any, ...], logits_1PV: Tensor) -> Tensor | None:

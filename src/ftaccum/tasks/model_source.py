@@ -143,6 +143,8 @@ def freeze(model: Any, patterns: Sequence[str]) -> None:
 
 
 def _cannot_load(option: str, name: str, error: Exception) -> SettingsError:
+    if isinstance(error, ImportError):  # its message says what to install, in several lines
+        return SettingsError([f"`{option}` {name!r} cannot be loaded: {' '.join(str(error).split())}"])
     return SettingsError(
         [f"`{option}` {name!r} cannot be loaded: {error} Give a folder that `save_pretrained` wrote, or a hub model."]
     )
