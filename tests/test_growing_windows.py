@@ -139,14 +139,14 @@ def test_rates_and_weights_equal_those_of_a_plain_loop_that_scales_rates(
                 out.loss = out.loss * math.inf
             return out
 
-    overflowing, update = Overflowing(), TrainingLoop.update
+    overflowing, update = Overflowing(), TrainingLoop._update
 
     def counted(self: TrainingLoop, *given: Any) -> Any:
         outcome = update(self, *given)
         overflowing.updates += 1
         return outcome
 
-    monkeypatch.setattr(TrainingLoop, "update", counted)
+    monkeypatch.setattr(TrainingLoop, "_update", counted)
     result = test_fine_tuning(
         overflowing, train_data=rows, optimizer=held, batch_size=1, gradient_accumulation_steps=steps, n_epochs=2,
         remainder="carry", validation_split=0.0, learning_rate_scaling=rule, lr_scheduler="cosine",

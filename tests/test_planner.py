@@ -380,7 +380,7 @@ def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int, lo
             return self.head(self.embed(input_ids))
 
     syncs, windows = HostSyncs("cpu", except_under=("ftaccum/data/", "torch/optim/")), 0
-    accumulate, update = GradientAccumulator.accumulate, TrainingLoop.update
+    accumulate, update = GradientAccumulator.accumulate, TrainingLoop._update
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -391,7 +391,7 @@ def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int, lo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientAccumulator, "accumulate", watched(accumulate))
-        patch.setattr(TrainingLoop, "update", watched(update))
+        patch.setattr(TrainingLoop, "_update", watched(update))
         result = test_fine_tuning(
             Bag(), train_data=[{"input_ids": [n, n + 1], "labels": n % 3} for n in range(48)], batch_size=1,
             gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0, progress=False,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..errors import DataError
 from .dataset import Rows
 from .row import Row, length_of
 
@@ -136,6 +138,18 @@ class NumberColumn:
         return np.bincount(self._owners(found), minlength=len(self.starts) - 1) > 0
 
 
+def readable_rows(rows: Rows, most: int) -> Sequence[Row]:
+    """Return the first rows, up to the first one that cannot be read: training names it when it comes to it."""
+    n_rows = min(len(rows), most)
+    with suppress(DataError):
+        return rows.fetch(range(n_rows))
+    found: list[Row] = []
+    with suppress(DataError):
+        for position in range(n_rows):
+            found += rows.fetch([position])
+    return found or rows.fetch([0])
+
+
 @dataclass(frozen=True)
 class SearchedRows:
     """The rows to search, or the first of them if there are many.
@@ -155,7 +169,7 @@ class SearchedRows:
         """Read the lengths of the rows."""
         if rows.in_memory and isinstance(rows.source, Dataset):
             return cls(rows.table, (), np.array(rows.lengths() or [1] * len(rows)))
-        fetched = rows.fetch(range(min(len(rows), _FETCHED_ROWS if rows.in_memory else _LAZY_ROWS)))
+        fetched = readable_rows(rows, _FETCHED_ROWS if rows.in_memory else _LAZY_ROWS)
         lengths = rows.lengths(range(len(fetched))) or [length_of(row) for row in fetched]
         return cls(None, fetched, np.array(lengths))
 

@@ -9,7 +9,7 @@ from ..objective.model_forward import is_label
 from ..objective.own_rules import TARGETS
 from ..objective.prefixed import is_tokens_column
 from .dataset import Rows
-from .number_columns import NumberColumn, SearchedRows, Values, numbers_of
+from .number_columns import NumberColumn, SearchedRows, Values, numbers_of, readable_rows
 from .row import Row
 
 _MOST_ROWS = 64
@@ -40,7 +40,7 @@ class RareRows:
             ignore_index: the label that the loss is known to ignore.
             special: the token ids to cover if the labels come from a vocabulary.
         """
-        labels, others = _columns(rows.fetch(range(min(len(rows), _FIRST_ROWS))))
+        labels, others = _columns(readable_rows(rows, _FIRST_ROWS))
         if not (labels or others):
             return cls((), "")
         search, unseen = _Search(SearchedRows.of(rows)), []

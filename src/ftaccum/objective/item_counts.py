@@ -65,7 +65,11 @@ class ItemCounter:
         self._declared = declared or (lambda: (ignore_index, class_weights))
         self._had_weights = self._declared()[1] is not None
         self._on_host = _OnHost()
-        self.ways: dict[str, CountItems] = {
+
+    @property
+    def ways(self) -> dict[str, CountItems]:
+        """The ways to count by name."""
+        return {
             "class weights": self._weights,
             "labels": self._labels,
             AFTER_SHIFT: self._shifted_labels,

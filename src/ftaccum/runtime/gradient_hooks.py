@@ -1,5 +1,6 @@
 """The hooks of parameters on their gradients."""
 
+import functools
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,16 @@ def _emptied(hooks: Iterable[MutableMapping[Any, Any] | None]) -> Iterator[None]
     finally:
         for each, kept in zip(found, before, strict=True):
             each.update(kept)
+
+
+class AnyLayoutHook(functools.partial[None]):
+    """A hook that takes sparse gradients as well as dense ones."""
+
+
+def needs_dense_gradient(tensor: Tensor) -> bool:
+    """Return whether hooks see the gradient of a tensor, and may expect a dense one."""
+    hooks = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return any(not isinstance(hook, AnyLayoutHook) for each in hooks for hook in (each or {}).values())
 
 
 def sees_gradient(tensor: Tensor) -> bool:

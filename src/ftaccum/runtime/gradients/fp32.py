@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer, SparseAdam
 
 from ...errors import SettingsError
+from ..gradient_hooks import AnyLayoutHook
 from ..optimizers import inner_optimizers, parameters_of, place_state
 from ..process_group import ProcessGroup
 from ..sharding.tensors import local_part
@@ -67,7 +68,8 @@ class Fp32Gradients(GradientStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        hooks = [p.register_post_accumulate_grad_hook(self._optimizer.add) for p in self._optimizer.sums]
+        add = AnyLayoutHook(self._optimizer.add)
+        hooks = [p.register_post_accumulate_grad_hook(add) for p in self._optimizer.sums]
         try:
             yield
         finally:

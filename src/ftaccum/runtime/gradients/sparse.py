@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..gradient_hooks import sees_gradient
+from ..gradient_hooks import needs_dense_gradient
 from ..model_context import is_compiled
 
 
@@ -76,5 +76,5 @@ def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
     if table.sparse and weight in left_sparse:
         return False
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    # Hooks expect a dense gradient.
-    return trained and weight.device.type == "cpu" and not (sees_gradient(weight) or table.scale_grad_by_freq)
+    on_cpu = weight.device.type == "cpu"
+    return trained and on_cpu and not (needs_dense_gradient(weight) or table.scale_grad_by_freq)
