@@ -228,10 +228,11 @@ def test_a_missing_library_is_named_without_advice_about_the_model(
     def needs_library(*_: Any, **__: Any) -> None:
         raise ImportError("\nAutoTokenizer requires the\nLibrary.\n")
 
+    (tmp_path / "model").mkdir()
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", needs_library)
     file = save_rows(tmp_path / "rows.jsonl", labelled([0, 1] * 3 + [0]))
-    with pytest.raises(SettingsError, match=r"'model' cannot be loaded: AutoTokenizer requires the Library\.$"):
-        load_task("text-classification", "model", file)
+    with pytest.raises(SettingsError, match=r"/model' cannot be loaded: AutoTokenizer requires the Library\.$"):
+        load_task("text-classification", str(tmp_path / "model"), file)
 
 
 @needs_image_processor
