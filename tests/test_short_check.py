@@ -14,7 +14,7 @@ from exactness import window_errors
 from ftaccum import InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.objective import self_check
 from ftaccum.training import build_objective
-from heads import HEADS, IGNORED, Row, all_in_float64
+from heads import HEADS, IGNORED, Row, all_in_float64, one_batch
 from test_labelled_head import LLAMA, tiny
 
 RARE = 50  # a label
@@ -218,3 +218,21 @@ def test_gradients_of_audited_runs_equal_one_batch(name: str) -> None:
         errors = window_errors(HEADS[name].model(), rows, batch_size=2, effective_batch_size=5, self_check_cache=False)
     assert found["short"] is not None
     assert max(errors) < 1e-12
+
+
+class MasksFew:
+    """Collates rows for a masked language model. Some of them get no label, and others in the next batch."""
+
+    def __init__(self) -> None:
+        self.draw = torch.Generator().manual_seed(0)
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        batch = one_batch(rows)
+        hides = torch.rand(batch["labels"].shape, generator=self.draw) > 0.1
+        return batch | {"labels": batch["labels"].masked_fill(hides, IGNORED)}
+
+
+def test_rows_without_labels_are_no_obstacle() -> None:
+    model, rows = HEADS["masked LM, BERT"].model(), HEADS["masked LM, BERT"].rows() * 4
+    rows = [row | {"labels": row["input_ids"]} for row in rows]
+    assert reports(model, rows, data_collator=MasksFew())["short"] is not None

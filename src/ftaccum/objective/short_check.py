@@ -21,7 +21,7 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import Buffers, Generators
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, backward
-from .item_counts import AFTER_SHIFT, Batch, relabelled, tensors_of
+from .item_counts import AFTER_SHIFT, Batch, CountItems, relabelled, tensors_of
 from .labelled_head import LabelledHead, NeededLogits
 from .measured_counts import chosen_counts
 from .measurement import Measurement
@@ -104,7 +104,7 @@ def found_in_losses(measurement: Measurement) -> ExactnessReport | None:
 
 def _found(measurement: Measurement) -> ExactnessReport | None:
     together, parts, separate = measurement.sample.together, _parts(measurement), _SeparateBatches(measurement, None)
-    if not _repeats(measurement, parts[0]):
+    if not _repeats(measurement, parts):
         return None
     observed = _observed(measurement, separate, together, parts)
     verdict = None if observed is None else _chosen(measurement, separate, observed)
@@ -143,10 +143,11 @@ class _SeparateBatches:
             forward.labelled_head = None
 
 
-def _repeats(measurement: Measurement, batch: Batch) -> bool:
+def _repeats(measurement: Measurement, batches: Sequence[Batch]) -> bool:
     """Return whether a loss has a gradient, and is the same in a second pass after the backward pass.
 
-    If not, the model keeps state outside its buffers, on which the next pass depends.
+    If not, the model keeps state outside its buffers, on which the next pass depends. The first batch with a loss is
+    enough.
 
     Raises:
         SettingsError: if the backward pass fails.
@@ -157,12 +158,16 @@ def _repeats(measurement: Measurement, batch: Batch) -> bool:
         DeterministicMode(model, True, {}, modules).passes(),
         preserve_attributes(model, *modules),
     ):
-        with torch.enable_grad():
-            first = measurement.means(batch)[LOSS]
-            if not first.requires_grad:
-                return False
-            backward(first)
-        return relative(measurement.means(batch)[LOSS].item(), first.item()) <= EXPLAINED
+        for batch in batches:
+            with torch.enable_grad():
+                first = measurement.means(batch)[LOSS]
+                if not math.isfinite(first.item()):  # the rows have no labels
+                    continue
+                if not first.requires_grad:
+                    return False
+                backward(first)
+            return relative(measurement.means(batch)[LOSS].item(), first.item()) <= EXPLAINED
+    return False
 
 
 def _observed(
@@ -170,7 +175,8 @@ def _observed(
 ) -> Observed | None:
     """Return the losses of rows in one batch and in separate ones; None if there is more to measure.
 
-    That is so if a pass draws random numbers or moves buffers, and if the loss has several terms or is not finite.
+    That is so if a pass draws random numbers or moves buffers, and if the loss has several terms or is not finite. That
+    of separate rows may be: a masked language model leaves some rows without labels.
     """
     model, modules = measurement.model, measurement.forward.modules
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
@@ -186,7 +192,7 @@ def _observed(
         if not generators.unchanged() or buffers.all_moved() or any(each.keys() != {LOSS} for each in losses):
             return None
     joint, *means = losses
-    return Observed(joint, means, parts) if all(math.isfinite(each[LOSS]) for each in losses) else None
+    return Observed(joint, means, parts) if math.isfinite(joint[LOSS]) else None
 
 
 def _chosen(measurement: Measurement, separate: _SeparateBatches, observed: Observed) -> Verdict | None:
@@ -196,13 +202,21 @@ def _chosen(measurement: Measurement, separate: _SeparateBatches, observed: Obse
     one counts, as in the whole measurement.
     """
     ways, sample = measurement.ways()[LOSS], measurement.sample
-    explains = lambda way, observed: observed.difference(LOSS, ways[way]) <= EXPLAINED
+    explains = lambda way, observed: _is_explained(observed, ways[way])
     found = [way for way in ways if explains(way, observed)]
     asking = relabelled(sample.together, measurement.item_counter.ignore_index) if len(found) > 1 else None
     if asking is not None:
         again = _observed(measurement, separate, asking, sample.separate(asking, UNEQUAL))
         found = [] if again is None else [way for way in found if explains(way, again)]
     return Verdict(found[0], len(ways) > 1, found[0] == AFTER_SHIFT, length_of_longest(measurement)) if found else None
+
+
+def _is_explained(observed: Observed, count: CountItems) -> bool:
+    """Return whether a count explains the losses, and rows without items have none; some heads return 0 for these."""
+    pairs = zip(observed.parts, observed.means, strict=True)
+    return observed.difference(LOSS, count) <= EXPLAINED and not any(
+        math.isfinite(mean[LOSS]) for part, mean in pairs if not count(part)
+    )
 
 
 def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> bool:
