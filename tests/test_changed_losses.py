@@ -281,7 +281,7 @@ def test_a_place_that_changes_all_the_time_is_no_news() -> None:
         if n == 6:
             criterion.cross_entropy.weight.mul_(2)
         assert state.look()
-        news.append(state.is_news)
+        news.append(state.is_rare_change)
         state.audited()
     assert news == [True, True, True, False, False, False, True, True]
 
@@ -290,12 +290,12 @@ def test_updates_with_a_changed_loss_are_audited_at_any_cost_a_few_times() -> No
     schedule = AuditSchedule(True, 800, spent=50.0, trained=1.0)
     assert schedule.size(500, is_new=True) is AuditSize.FEW_ROWS
     taken = 0
-    while schedule.may_take(is_new=False, is_changed=True, is_news=True):
-        schedule.done(1.0, is_planned=False, is_news=True)
+    while schedule.may_take(is_new=False, is_changed=True, is_rare_change=True):
+        schedule.done(1.0, is_planned=False, is_rare_change=True)
         taken += 1
     assert (taken, schedule.extra) == (8, 8)
-    assert not AuditSchedule(False, 800).may_take(is_new=False, is_changed=True, is_news=True)
-    assert AuditSchedule(3, 800).may_take(is_new=False, is_changed=True, is_news=True)
+    assert not AuditSchedule(False, 800).may_take(is_new=False, is_changed=True, is_rare_change=True)
+    assert AuditSchedule(3, 800).may_take(is_new=False, is_changed=True, is_rare_change=True)
     assert not AuditSchedule(True, 800, spent=1.0, trained=1.0).may_take(is_new=False, is_changed=True)
     later = AuditSchedule(True, 4000, spent=0.8, trained=100.0, changes=0)
     later._ahead = []

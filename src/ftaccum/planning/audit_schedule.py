@@ -90,15 +90,15 @@ class AuditSchedule:
         """Whether updates that are not due may be audited for their rows."""
         return self.audit is True and (bool(self._ahead or self.extra) or not self.is_short)
 
-    def may_take(self, *, is_new: bool, is_changed: bool = False, is_news: bool = False) -> bool:
+    def may_take(self, *, is_new: bool, is_changed: bool = False, is_rare_change: bool = False) -> bool:
         """Return whether to audit an update that is not due.
 
         Args:
             is_new: whether the update has label values, flags or columns that no earlier update had.
             is_changed: whether the state of the loss has changed since the last audit.
-            is_news: whether it has changed at a place where it rarely changes.
+            is_rare_change: whether it has changed at a place where it rarely changes.
         """
-        if is_news and self.changes and self.audit is not False:
+        if is_rare_change and self.changes and self.audit is not False:
             return True
         if self.audit is not True:
             return False
@@ -107,18 +107,18 @@ class AuditSchedule:
         share = _SHARE if is_new or is_changed else _SHARE_ORDINARY
         return not (self._ahead or self.is_short) and self.spent < share * self.trained
 
-    def done(self, seconds: float, *, is_planned: bool, is_news: bool = False) -> None:
+    def done(self, seconds: float, *, is_planned: bool, is_rare_change: bool = False) -> None:
         """Record an audit.
 
         Args:
             seconds: the time that it took.
             is_planned: whether the update was due, regardless of its rows.
-            is_news: whether the state of the loss had changed at a place where it rarely changes.
+            is_rare_change: whether the state of the loss had changed at a place where it rarely changes.
         """
         self.spent += seconds
         if is_planned:
             self._ahead = self._ahead[1:]
-        elif is_news:
+        elif is_rare_change:
             self.changes = max(0, self.changes - 1)
         else:
             self.extra = max(0, self.extra - 1)

@@ -17,7 +17,7 @@ from .state_parts import SCALARS, Items, Values
 _DEPTH = 4  # levels of containers, objects and functions to look into
 _MOST_ITEMS = 1000  # of a container; only the length of a larger one is watched
 _MOST_PARTS = 20_000  # containers, objects and tensors to watch in all
-_FEW = 3  # changes of a place that are news; one that changes more often is a counter
+_FEW = 3  # changes of a place that are rare; one that changes more often is a counter
 _AUDITS = 3  # after a change
 # Attributes that evaluations change and restore, or that heads infer from the labels of their first pass.
 _IGNORED = ("training", "problem_type")
@@ -39,7 +39,7 @@ class WatchedState:
     Tensors of up to 4,096 numbers in the host's memory are compared by value, others by their version: to read them
     would wait for the device. Writes to `.data` do not change the version.
 
-    A change stays news until three audits: the rows of one may all have the same label, and then not show it.
+    A change counts until three audits: the rows of one may all have the same label, and then not show it.
     """
 
     def __init__(self, model: nn.Module, roots: Roots) -> None:
@@ -71,12 +71,12 @@ class WatchedState:
         return list(self._audits_left)
 
     @property
-    def is_news(self) -> bool:
+    def is_rare_change(self) -> bool:
         """Whether one of these places has rarely changed before."""
         return any(self._times[place] <= _FEW for place in self.places)
 
     def audited(self) -> None:
-        """Note that the rows of an update were audited."""
+        """Record that the rows of an update were audited."""
         self._audits_left = {place: left - 1 for place, left in self._audits_left.items() if left > 1}
 
     def _take(self) -> None:

@@ -72,17 +72,19 @@ class AuditHandler:
         if self._may_audit:
             looks = self._schedule.takes_others  # if not, nobody needs to know which values are new
             is_new = looks and self._seen.add(window.micro_batches)
-            flags = [is_new, bool(self._state.places), self._state.is_news]
-            is_new, is_changed, is_news = self._process_group.any_of(flags)
+            flags = [is_new, bool(self._state.places), self._state.is_rare_change]
+            is_new, is_changed, is_rare_change = self._process_group.any_of(flags)
             is_planned, schedule = self._schedule.is_due(window.update), self._schedule
             # Only the main process's clock decides, so that all processes agree.
             may_take = not is_planned and self._process_group.is_main
-            may_take = may_take and schedule.may_take(is_new=is_new, is_changed=is_changed, is_news=is_news)
-            if is_planned or ((looks or is_news) and self._process_group.any(may_take)):
+            may_take = may_take and schedule.may_take(
+                is_new=is_new, is_changed=is_changed, is_rare_change=is_rare_change
+            )
+            if is_planned or ((looks or is_rare_change) and self._process_group.any(may_take)):
                 size = schedule.size(window.update, is_new=is_new or is_changed)
                 if self._report.window is not None:  # a loss over the window may not take fewer rows
                     size = AuditSize.WHOLE_WINDOW
-                self._audit(window, started, is_planned=is_planned, is_news=is_news, size=size)
+                self._audit(window, started, is_planned=is_planned, is_rare_change=is_rare_change, size=size)
         self._since = time.perf_counter()
 
     @property
@@ -106,7 +108,7 @@ class AuditHandler:
         self._causes, self._rounding_floor = state_dict["causes"], state_dict["floor"]
 
     def _audit(
-        self, window: AuditedWindow, started: float, *, is_planned: bool, is_news: bool, size: AuditSize
+        self, window: AuditedWindow, started: float, *, is_planned: bool, is_rare_change: bool, size: AuditSize
     ) -> None:
         floor = self._rounding_floor
         tolerated = self._tolerance(floor or 0.0)  # errors up to this one need no measurement of rounding
@@ -114,7 +116,7 @@ class AuditHandler:
             sample = window.take(size)
             audit = None if sample is None else self._auditor.audit(sample, tolerance=tolerated)
         seconds = time.perf_counter() - started
-        self._schedule.done(seconds, is_planned=is_planned, is_news=is_news)
+        self._schedule.done(seconds, is_planned=is_planned, is_rare_change=is_rare_change)
         changed = self._state.places
         self._state.audited()
         if audit is None:

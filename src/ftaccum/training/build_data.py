@@ -123,9 +123,8 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         padding.documents = val_padding.documents = documents
         sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
-    pin_memory = accelerator.device.type == "cuda" and all(t.device.type == "cpu" for t in tensors_of(sample))
-    load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pin_memory)
-    val = None if val_rows is None else load(val_rows, val_collator)
+    pins = _pins_memory(accelerator, sample)
+    load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pins)
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     return TrainingData(
@@ -133,7 +132,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val_rows,
         objective,
         load(rows, row_collator, dummy_candidates=labelled),
-        val,
+        None if val_rows is None else load(val_rows, val_collator),
         ignore_index,
         synthetic=components.train_data is None,
         loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, few),
@@ -144,6 +143,11 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
         longest=longest_width(runtime, rows, row_collator),
     )
+
+
+def _pins_memory(accelerator: Accelerator, batch: Any) -> bool:
+    """Return whether batches like this one are copied to the device from pinned memory."""
+    return accelerator.device.type == "cuda" and all(t.device.type == "cpu" for t in tensors_of(batch))
 
 
 def _longest(config: RunConfig, rows: Rows) -> int | None:
