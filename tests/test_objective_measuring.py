@@ -72,7 +72,7 @@ def test_a_mean_is_explained_by_rows_separated_in_either_way(cut: bool, collated
 
     parts = [[1.0], [2.0], [4.0, 5.0]]
     if not (cut or collated):
-        with pytest.raises(AssertionError, match="`cut` or `padded_apart` is given"):
+        with pytest.raises(AssertionError, match="`cut` or `padded` is given"):
             explain(losses, [1.0, 2.0, 4.0, 5.0], None, [], {"a": len})
         return
     found = explain(

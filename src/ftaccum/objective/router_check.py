@@ -14,7 +14,7 @@ from .forward import Forward
 from .item_counts import Batch
 from .router_balance import RouterBalance
 from .router_terms import RouterTerms
-from .sample import UNEQUAL, Sample
+from .sample import Sample
 
 
 def find_router_terms(model: nn.Module, forward: Forward, sample: Sample) -> RouterTerms | None:
@@ -43,8 +43,7 @@ def _balances(
         return [_run(model, forward, batch, device) for batch in batches]
 
     (together,) = runs_of([sample.together])
-    separate = runs_of(sample.separate(sample.together, UNEQUAL))
-    own_width = runs_of(sample.collated(UNEQUAL) if sample.collated else [])
+    separate, own_width = runs_of(sample.separate(sample.together)), runs_of(sample.own_width)
     tried = [RouterBalance.find(model, *together, name, factor) for name, factor in forward.factors.items()]
     runs = [*separate, *own_width]
     found = [balance for balance in tried if balance is not None and all(balance.explains(*run) for run in runs)]

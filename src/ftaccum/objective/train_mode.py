@@ -102,10 +102,9 @@ class TrainMode:
 
         def run() -> GradientDifference:
             with self.mode.passes():
-                reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
                 separate = self.sample.separate(together, groups)
                 check = self._check(counts)
-                return check.difference(joint.sketch, together, separate, reordered, tolerance)
+                return check.difference(joint.sketch, together, separate, self.sample.reordered, tolerance)
 
         return _if_memory_allows(run) or GradientDifference()
 

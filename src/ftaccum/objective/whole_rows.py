@@ -15,7 +15,7 @@ from .item_counts import Batch, tensors_of
 from .objective import Objective
 from .perturbation import float32_weights, perturb_head
 from .probe import EXPLAINED, difference
-from .sample import UNEQUAL, Sample
+from .sample import Sample
 from .self_check_cache import VerdictCache
 
 
@@ -53,8 +53,7 @@ def _hash_of(batch: Batch) -> str:
 
 def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: Sample) -> bool:
     (term,) = objective.report.ways
-    device, modules = next(model.parameters()).device, forward.modules
-    separate = whole.separate(whole.together, UNEQUAL) if whole.collated is None else whole.collated(UNEQUAL)
+    device, modules, parts = next(model.parameters()).device, forward.modules, whole.parts
     with inspection_mode(model, *modules), float32_weights(model, *modules) as widened, perturb_head(model):
 
         def losses(batch: Batch) -> dict[str, float]:
@@ -62,7 +61,7 @@ def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: S
                 means, _ = forward(model, widened(fresh_batch(batch, device)))
             return {term: mean.item() for term, mean in means.items()}
 
-        joint, means = losses(whole.together), [losses(part) for part in separate]
+        joint, means = losses(whole.together), [losses(part) for part in parts]
     is_finite = all(math.isfinite(each.get(term, math.nan)) for each in (joint, *means))
     count = lambda batch: objective.count(batch)[term]
-    return of_main_process(is_finite and difference(joint, means, separate, term, count) <= EXPLAINED)
+    return of_main_process(is_finite and difference(joint, means, parts, term, count) <= EXPLAINED)

@@ -25,7 +25,7 @@ from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
 from .report import ExactnessReport, InTraining
 from .row_terms import RowTerms
-from .sample import PAIRS, UNEQUAL, Sample
+from .sample import PAIRS, Sample
 from .train_mode import complaint_of_one_row
 from .window_forward import WindowForward
 from .window_gradient import WindowGradientCheck
@@ -48,7 +48,7 @@ def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -
         SettingsError: if the loss reads nothing that can be trained, or a row's values depend on other rows.
         DataError: if the inputs of the loss are not tensors with one entry per row.
     """
-    forward.window_loss.find_columns([sample.together, sample.longest, *_collated(sample)])
+    forward.window_loss.find_columns([sample.together, sample.longest, *sample.own_width])
     check = _Check(model, forward, sample)
     _refuse_other_rows(sample)
     with inspection_mode(model, *forward.modules):
@@ -74,11 +74,6 @@ def _refuse_other_rows(sample: Sample) -> None:
                 f"(rows, {n}, …), and let the model flatten them."
             ]
         )
-
-
-def _collated(sample: Sample) -> Sequence[Batch]:
-    """Return the rows in groups, each padded to its own width."""
-    return [] if sample.collated is None else sample.collated(UNEQUAL)
 
 
 @dataclass(frozen=True)
@@ -149,11 +144,11 @@ class _Check:
         """
         sample = self.sample
         if sample.cut is not None:
-            off, name = _difference(together, [read(batch) for batch in sample.cut(sample.together, UNEQUAL)])
+            off, name = _difference(together, [read(batch) for batch in sample.separate(sample.together)])
             if off > tolerance:
                 raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
-        collated = _collated(sample)
-        off, name = _difference(together, [read(batch) for batch in collated]) if collated else (0.0, "")
+        own_width = [read(batch) for batch in sample.own_width]
+        off, name = _difference(together, own_width) if own_width else (0.0, "")
         if off > tolerance and sample.cut is None:
             raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
         return off if off > tolerance else 0.0

@@ -19,11 +19,10 @@ from .gradient_check import GradientDifference, backward, confirm_in_float64, di
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, rows_of
 from .row_terms import RowTerms
-from .sample import UNEQUAL, Sample
+from .sample import REVERSED, Sample
 from .window_forward import WindowForward
 from .window_terms import CollectedValues
 
-_REVERSED = (3, 2, 1, 0)
 _SEED = (0,)  # of what the loss draws
 _NOISE = 1e-5  # norm of a gradient that is rounding, relative to that of the gradient by the inputs of the loss
 
@@ -86,13 +85,12 @@ class WindowGradientCheck:
         return GradientDifference()
 
     def _difference(self, tolerance: float) -> GradientDifference:
-        cut = self.sample.cut
-        reordered = None if cut is None else cut(self.sample.together, (_REVERSED,))[0]
+        reordered = self.sample.reordered
         together = self._of_one_batch(self.sample.together)
         separate, by_inputs = self._of_two_passes()
         if together.norm() < _NOISE * by_inputs:
             return GradientDifference()  # the gradient is rounding, as that of the norm of normalized embeddings
-        again = None if reordered is None else lambda: self._of_one_batch(reordered, _REVERSED)
+        again = None if reordered is None else lambda: self._of_one_batch(reordered, REVERSED)
         return difference_of(together, separate, again, tolerance)
 
     def _converted(self, convert: Callable[[Batch], Batch]) -> "WindowGradientCheck":
@@ -135,7 +133,7 @@ class WindowGradientCheck:
     def _of_two_passes(self) -> tuple[GradientSketch, float]:
         """Return the gradient, and the norm of that by the inputs of the loss."""
         both, passes, n_before = self._both, [], 0
-        parts = self.sample.separate(self.sample.together, UNEQUAL)
+        parts = self.sample.separate(self.sample.together)
         with self._measuring() as sketch:
             for part in parts:
                 places = range(n_before, n_before + rows_of(part))
