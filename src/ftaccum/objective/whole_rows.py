@@ -9,7 +9,7 @@ from torch import nn
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .forward import Forward
 from .item_counts import Batch, tensors_of
 from .objective import Objective
@@ -53,12 +53,12 @@ def _hash_of(batch: Batch) -> str:
 
 def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: Sample) -> bool:
     (term,) = objective.report.ways
-    device, modules, parts = next(model.parameters()).device, forward.modules, whole.parts
+    modules, parts = forward.modules, whole.parts
     with inspection_mode(model, *modules), float32_weights(model, *modules) as widened, perturb_head(model):
 
         def losses(batch: Batch) -> dict[str, float]:
             with preserve_attributes(model, *modules):
-                means, _ = forward(model, widened(fresh_batch(batch, device)))
+                means, _ = forward(model, widened(fresh_batch_for(model, batch)))
             return {term: mean.item() for term, mean in means.items()}
 
         joint, means = losses(whole.together), [losses(part) for part in parts]

@@ -12,7 +12,7 @@ from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import scalars_of, total_of
@@ -97,7 +97,7 @@ class _Check:
             trains = any(module.training for module in self.model.modules())
             draws = nullcontext() if trains else equal_draws(rows_of(batch))
             with preserve_attributes(self.model, *self.forward.modules), draws:
-                return self._read(prepared(fresh_batch(batch, self._device)))
+                return self._read(prepared(fresh_batch_for(self.model, batch)))
 
         read(self.sample.longest)  # it needs the most memory
         together = read(self.sample.together)
@@ -129,10 +129,6 @@ class _Check:
             ),
         )
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def _read(self, batch: Batch) -> Values:
         return self.forward.values(self.model, batch)
 
@@ -161,7 +157,7 @@ class _Check:
             window_loss,
             scalars_of,
             lambda: [*self.model.parameters(), *window_loss.parameters()],
-            self._device,
+            next(self.model.parameters()).device,
         )
 
     def _in_training(
@@ -182,7 +178,7 @@ class _Check:
             self.forward,
             self.terms(names),
             self.sample,
-            lambda batch: prepared(fresh_batch(batch, self._device)),
+            lambda batch: prepared(fresh_batch_for(self.model, batch)),
         )
         with mode.passes():
             check.refuse_unknown_parameters()
@@ -213,7 +209,7 @@ class _Check:
     def _check_gradient(self, prepared: Callable[[Batch], Batch]) -> None:
         """Raise SettingsError if no input of the loss has a gradient."""
         with torch.enable_grad():
-            values = self._read(prepared(fresh_batch(self.sample.together, self._device)))
+            values = self._read(prepared(fresh_batch_for(self.model, self.sample.together)))
         inputs = WindowLoss.inputs(values)
         if not any(value.requires_grad for value in inputs.values()):
             raise SettingsError(

@@ -8,7 +8,7 @@ from torch import nn
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..errors import DataError
-from ..objective.batch_changes import fresh_batch
+from ..objective.batch_changes import fresh_batch_for
 from ..objective.embedding_limits import columns_of
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
@@ -55,11 +55,10 @@ def _failing_row(
     components: Components, forward: ModelForward, rows: Rows, row_collator: RowCollator, candidates: Sequence[int]
 ) -> int | None:
     """Return the position of the first row that fails when it is run separately, or None."""
-    device = next(components.model.parameters()).device
     for position in candidates:
         try:
             with inspection_mode(components.model, *forward.modules):
-                row = fresh_batch(row_collator.seeded(rows, [position], 0), device)
+                row = fresh_batch_for(components.model, row_collator.seeded(rows, [position], 0))
                 if isinstance(forward, WindowForward):  # its loss may not take a single row
                     forward.values(components.model, row)
                 else:
