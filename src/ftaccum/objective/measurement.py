@@ -1,7 +1,6 @@
 """A measurement of a loss: its count, and the differences that are left between one batch and separate ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import Forward
 from .hidden_state import HiddenState
-from .item_counts import AFTER_SHIFT, OF_USER, Batch, CountItems, ItemCounter, rows_of
+from .item_counts import AFTER_SHIFT, OF_USER, Batch, CountItems, ItemCounter
 from .measured_counts import MeasuredCounts, chosen_counts, count_of_term
 from .normalizer import means_of_sums
 from .perturbation import perturb_head
@@ -212,8 +211,7 @@ class Measurement:
     def _run(self, batch: Batch, run: Callable[[nn.Module, Batch], T]) -> tuple[T, WatchedBatch]:
         """Run a pass on a copy of a batch; in eval mode with equal random draws for all rows."""
         watched = WatchedBatch(self.on_device(batch))
-        trains = any(module.training for module in self.model.modules())
-        with nullcontext() if trains else equal_draws(rows_of(batch)):
+        with equal_draws(self.model, batch):
             return run(self.model, watched.batch), watched
 
     def on_device(self, batch: Batch) -> Batch:
