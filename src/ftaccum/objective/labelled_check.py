@@ -157,8 +157,7 @@ class _Comparison:
     def _of_gradient(self) -> str | None:
         """Compare gradients of two rows, that of labelled positions in two chunks if the logits allow it."""
         together = self._sample.separate(self._sample.together, PAIRS)[0]
-        counts = {term: partial(self._count, term) for term in self._objective.terms}
-        n_half = -(-int(self._count(LOSS, together)) // 2) or 1
+        n_half = -(-int(self._objective.count(together)[LOSS]) // 2) or 1
         self._labelled.gives_logits = self.gives_logits
         sketches = []
         with training_mode(self._model, training=True), self._labelled.chunks_of(n_half):
@@ -166,13 +165,11 @@ class _Comparison:
                 self._forward.labelled_head = head
                 means = partial(self._means, needs=NeededLogits.NONE)
                 with preserve_rng():  # dropout draws the same numbers in both
-                    sketches.append(GradientCheck(self._model, means, counts, self._forward.modules).together(together))
+                    check = GradientCheck(self._model, means, self._objective.count_by_term, self._forward.modules)
+                    sketches.append(check.together(together))
         own, found = sketches
         off = difference_of(own, found, None, _GRADIENT * self._tolerance).off
         return f"the gradient differs by {off:.1e}" if off else None
-
-    def _count(self, term: str, batch: Batch) -> float:
-        return self._objective.count(batch)[term]
 
     def _losses(self, batch: Batch, head: LabelledHead | None) -> dict[str, float]:
         """Return the loss of a batch, and find out whether the model returns the outputs of its head unchanged.

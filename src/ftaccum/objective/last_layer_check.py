@@ -108,16 +108,13 @@ class _Comparison:
         return f"the gradient differs by {difference.off:.1e}" if difference.off else None
 
     def _losses_and_gradient(self, batch: Batch) -> JointGradient:
-        counts = {term: partial(self._count, term) for term in self._objective.terms}
+        check = GradientCheck(self._model, self._means, self._objective.count_by_term, self._forward.modules)
         with self._mode.passes():
-            return GradientCheck(self._model, self._means, counts, self._forward.modules).with_losses(batch)
+            return check.with_losses(batch)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         given = fresh_batch_for(self._model, batch)
         return self._forward(self._model, given, self._objective.count(batch))[0]
-
-    def _count(self, term: str, batch: Batch) -> float:
-        return self._objective.count(batch)[term]
 
 
 def _has_label_per_token(batch: Batch) -> bool:

@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..runtime.module_attributes import ModuleAttributes
 from .batch_changes import WatchedBatch
 from .forward import Forward
-from .item_counts import Batch
+from .item_counts import Batch, CountItems
 from .labelled_head import LabelledHead, NeededLogits
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
@@ -47,6 +47,15 @@ class Objective:
     def is_over_window(self) -> bool:
         """Whether all terms read the window, so that a row has no loss of its own."""
         return self.window is not None and set(self.window.names) == set(self.terms)
+
+    @property
+    def count_by_term(self) -> dict[str, CountItems]:
+        """The functions that count the loss items of a batch, one for each term."""
+
+        def count_of(term: str) -> CountItems:
+            return lambda batch: self.count(batch)[term]
+
+        return {term: count_of(term) for term in self.terms}
 
     @property
     def modules(self) -> Sequence[nn.Module]:

@@ -52,7 +52,7 @@ def _hash_of(batch: Batch) -> str:
 
 
 def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: Sample) -> bool:
-    (term,) = objective.report.ways
+    ((term, count),) = objective.count_by_term.items()
     modules, parts = forward.modules, whole.parts
     with inspection_mode(model, *modules), float32_weights(model, *modules) as widened, perturb_head(model):
 
@@ -63,5 +63,4 @@ def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: S
 
         joint, means = losses(whole.together), [losses(part) for part in parts]
     is_finite = all(math.isfinite(each.get(term, math.nan)) for each in (joint, *means))
-    count = lambda batch: objective.count(batch)[term]
     return of_main_process(is_finite and difference(joint, means, parts, term, count) <= EXPLAINED)
