@@ -23,7 +23,6 @@ from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, backward
 from .item_counts import AFTER_SHIFT, Batch, CountItems, relabelled, tensors_of
 from .labelled_head import LabelledHead, NeededLogits
-from .measured_counts import chosen_counts
 from .measurement import Measurement
 from .own_loss import LOSS
 from .perturbation import float32_weights, perturb_head
@@ -45,9 +44,9 @@ def length_of_longest(measurement: Measurement) -> int:
 def confirmed(
     measurement: Measurement,
     verdict: Verdict,
-    labelled_head: LabelledHead | None = None,
+    labelled_head: LabelledHead | None,
     *,
-    with_gradient: bool = True,
+    with_gradient: bool,
 ) -> ExactnessReport | None:
     """Return the report that a verdict stands for, if the rows agree with it; else None.
 
@@ -227,12 +226,12 @@ def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _S
     """
     if measurement.knows_count:
         return True
-    count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
-    sample, relabelled = measurement.sample, with_rare_labels(measurement.sample, measurement.item_counter.ignore_index)
-    if relabelled is None:
+    sample, count = measurement.sample, measurement.ways()[LOSS][verdict.way]
+    batches = with_rare_labels(sample, measurement.item_counter.ignore_index)
+    if batches is None:
         groups = [(group.together, _parts_of(group)) for group in sample.rare]
     else:
-        groups = [(batch, list(sample.separate(batch))) for batch in relabelled]
+        groups = [(batch, list(sample.separate(batch))) for batch in batches]
     if not groups:
         return True
     with perturb_head(measurement.model):
@@ -251,16 +250,16 @@ def _parts_of(group: RowGroup) -> list[Batch]:
 
 def _loss(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> float | None:
     """Return the loss of the rows in one batch; None if that of separate ones differs."""
-    count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
     observed = _observed(measurement, separate, measurement.sample.together, measurement.sample.parts)
-    agrees = observed is not None and observed.difference(LOSS, count) <= EXPLAINED
-    return observed.joint[LOSS] if observed is not None and agrees else None
+    if observed is None or observed.difference(LOSS, measurement.ways()[LOSS][verdict.way]) > EXPLAINED:
+        return None
+    return observed.joint[LOSS]
 
 
 def _gradients_agree(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> bool:
     """Return whether the gradient of separate batches is that of one, and neither 0 nor infinite."""
     sample, model, modules = measurement.sample, measurement.model, measurement.forward.modules
-    counts = chosen_counts(measurement.ways(), {LOSS: verdict.way})
+    counts = {LOSS: measurement.ways()[LOSS][verdict.way]}
     check = GradientCheck(model, measurement.means, counts, modules, separate.means)
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
         joint = check.together(sample.together)
