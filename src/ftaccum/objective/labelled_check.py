@@ -15,7 +15,7 @@ from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch_for
 from .gradient_check import GradientCheck, difference_of
-from .item_counts import AFTER_SHIFT, Batch, targets_of
+from .item_counts import AFTER_SHIFT, Batch, are_per_token
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .labelled_positions import LabelledPositions
 from .model_forward import ModelForward
@@ -91,8 +91,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, way: str) -> str | None:
     if not forward.is_own:
         return "the loss is not the model's own"
-    labels = targets_of(batch) if isinstance(batch, Mapping) else None
-    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+    if not isinstance(batch, Mapping) or not are_per_token(batch.get("labels")):
         return "the rows have no label for each token"
     if way not in _WAYS:
         return "the loss is not a plain mean over labels"

@@ -18,7 +18,7 @@ from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .gradient_check import GradientCheck, GradientDifference, JointGradient, confirm_in_float64, difference_of
-from .item_counts import Batch, targets_of
+from .item_counts import Batch, are_per_token, targets_of
 from .last_layer import LastLayer, can_be_lazy
 from .objective import Objective
 from .perturbation import float32_weights, perturb_head
@@ -41,7 +41,7 @@ def find_last_layer(model: nn.Module, forward: Forward, sample: Sample, objectiv
         return "the model is not on a CPU"
     if is_compiled(model):
         return "the model is compiled"
-    if _has_label_per_token(sample.together):
+    if are_per_token(targets_of(sample.together)):
         return "each token has a label"
     if not (layers := _layers(model)):
         return "the model has no list of layers"
@@ -115,11 +115,6 @@ class _Comparison:
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         given = fresh_batch_for(self._model, batch)
         return self._forward(self._model, given, self._objective.count(batch))[0]
-
-
-def _has_label_per_token(batch: Batch) -> bool:
-    targets = targets_of(batch)
-    return targets is not None and targets.ndim == 2 and not targets.is_floating_point()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
