@@ -23,6 +23,7 @@ from .chunked_loss import ChunkedLoss
 from .compiled_selection import loss_in_graphs
 from .item_counts import Batch
 from .labelled_positions import LabelledPositions
+from .normalizer import widened
 from .own_loss import logits_of
 
 
@@ -102,8 +103,7 @@ class LabelledHead:
                 f"The logits have the shape {tuple(logits_1NV.shape)} although {len(places_N)} labelled positions "
                 "were selected before the head. Pass `loss_head='full'`."
             )
-        logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
-        return F.cross_entropy(logits_NV, targets_N), outputs
+        return F.cross_entropy(widened(logits_1NV[0]), targets_N), outputs
 
     @contextmanager
     def chunks_of(self, n_positions: int) -> Iterator[None]:

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import DataError
 from .forward import Forward
 from .item_counts import AFTER_SHIFT, IGNORE_INDEX, Batch, targets_of
+from .normalizer import widened
 from .own_loss import logits_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -176,6 +176,5 @@ def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:
             f"For the next-token loss, the model must return logits of shape (rows, length, vocabulary), but returns "
             f"{tuple(logits_BLV.shape)} for token ids of shape {tuple(labels_BL.shape)}. Give a `loss_fn`."
         )
-    logits_NV = logits_BLV[:, :-1].flatten(0, 1)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logits_NV = widened(logits_BLV[:, :-1].flatten(0, 1))
     return F.cross_entropy(logits_NV, labels_BL[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
