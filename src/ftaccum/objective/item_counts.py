@@ -56,18 +56,13 @@ def are_per_token(targets: Any) -> TypeGuard[Tensor]:
 class ItemCounter:
     """The ways to count a batch's loss items, by name. If several explain a loss equally well, the first is used."""
 
-    def __init__(
-        self,
-        ignore_index: int = IGNORE_INDEX,
-        class_weights: Tensor | None = None,
-        declared: Callable[[], Declared] | None = None,
-    ) -> None:
+    def __init__(self, ignore_index: int = IGNORE_INDEX, declared: Callable[[], Declared] | None = None) -> None:
         """Args:
-        class_weights: the class weights that the loss declares. Its mean is over the weights of the labels.
-        declared: returns the ignored label and the class weights that the loss declares at present; None if they stay.
+        declared: returns the ignored label and the class weights that the loss declares at present; None for a loss
+            without class weights. The mean of a loss with class weights is over the weights of the labels.
         """
         self.ignore_index = ignore_index
-        self._declared = declared or (lambda: (ignore_index, class_weights))
+        self._declared = declared or (lambda: (ignore_index, None))
         self._had_weights = self._declared()[1] is not None
         self._on_host = _OnHost()
 
