@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
+from ..runtime.model_traits import output_embeddings
 from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
@@ -72,20 +73,12 @@ def candidate_head(
     Returns:
         The head, or the reason why all logits are needed.
     """
-    head = _output_embedding(model)
+    head = output_embeddings(model)
     if head is None:
         return "the model has no output embedding"
     if (reason := _excluded(model, head, forward, batch, way)) is not None:
         return reason
     return LabelledHead(model, head, LabelledPositions(_WAYS[way], ignore_index))
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, way: str) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..runtime.model_context import checkpoints_layers, has_graphs
+from ..runtime.model_traits import is_encoder_decoder
 from ..runtime.module_attributes import has_hooks_after, has_hooks_before
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
@@ -59,7 +60,7 @@ class LabelledHead:
         self._around = modules_around(model, head)
         self._chunked_loss = ChunkedLoss(head, saves_memory=checkpoints_layers(model))
         self._decoder_inputs: Callable[..., Tensor] | None = None
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             self._decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def __call__(

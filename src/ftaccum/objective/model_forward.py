@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError
+from ..runtime.model_traits import is_encoder_decoder
 from .forward import Forward
 from .item_counts import AFTER_SHIFT, IGNORE_INDEX, Batch, targets_of
 from .normalizer import widened
@@ -52,7 +53,7 @@ class ModelForward(Forward):
         )
         # Some Transformers models compute a loss without labels, but only on request.
         self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
-        self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._needs_labels = is_encoder_decoder(model)
         # An encoder-decoder makes its decoder's inputs from the labels, so it needs them even with a `loss_fn`.
         self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
 

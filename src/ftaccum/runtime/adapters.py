@@ -8,6 +8,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from .model_traits import output_embeddings
+
 _ADAPTED = {"base_layer", "modules_to_save", "token_adapter"}  # PEFT's names in layers that it has wrapped
 
 
@@ -151,7 +153,7 @@ def _is_untied(model: Any) -> bool:
     """Return whether the configuration ties input and output embeddings that have different weights."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
-    if (output := model.get_output_embeddings()) is None:
+    if (output := output_embeddings(model)) is None:
         return False
     first, second = (getattr(each, "weight", None) for each in (model.get_input_embeddings(), output))
     if first is None or second is None or first is second:

@@ -15,9 +15,10 @@ from ..errors import DataError, SettingsError
 from ..objective.item_counts import IGNORE_INDEX, Batch, rows_of
 from ..objective.model_forward import accepted_arguments, is_label
 from ..runtime.model_context import computes_in_16_bits, run_eagerly
+from ..runtime.model_traits import is_encoder_decoder
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.temporary_attribute import temporary_attribute
-from .generation_config import end_tokens, generation_config, is_encoder_decoder
+from .generation_config import end_tokens, generation_config
 from .left_padding import ignores_left_padding
 from .prompts import left_padded, prompt_of
 

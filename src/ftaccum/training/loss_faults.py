@@ -13,6 +13,7 @@ from ..objective.embedding_limits import columns_of
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
 from ..objective.window_forward import WindowForward
+from ..runtime.model_traits import can_generate
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -127,7 +128,7 @@ def _of_two_tensors(model: Any, loss_fn: Any, row: Batch, accepted: Collection[s
     own = "leave `loss_fn` out: the model computes its own loss." if "labels" in accepted else ""
     labels = targets_of(row)
     is_of_tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
-    if own and is_of_tokens and getattr(model, "can_generate", lambda: False)():  # its labels must be shifted
+    if own and is_of_tokens and can_generate(model):  # its labels must be shifted
         return f"{problem} Give rows that are dicts, and {own}"
     batch, targets = ("batch", "batch['labels']") if isinstance(row, Mapping) else ("targets", "targets")
     first, second = ("outputs.logits", targets)
