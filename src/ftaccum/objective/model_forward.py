@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError
+from ..runtime.adapters import base_of
 from ..runtime.model_traits import is_encoder_decoder
 from .forward import Forward
 from .item_counts import AFTER_SHIFT, IGNORE_INDEX, Batch, targets_of
@@ -153,7 +154,7 @@ def accepted_arguments(model: nn.Module) -> set[str] | None:
 
     A Transformers model names the arguments that it uses, and passes its `**kwargs` on to the attention.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_of(model)
     parameters = inspect.signature(base.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -26,6 +26,11 @@ def is_peft_model(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def base_of(model: Any) -> Any:
+    """Return the base model of a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def fully_trained_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that PEFT trains in full, besides the adapters."""
     names = [name for name, module in model.named_modules() if "modules_to_save" in module._modules]
