@@ -124,7 +124,7 @@ def test_bad_input_is_reported_in_one_sentence_with_status_2(
             ["train", "--model", "/absent", "--train_data", rows],
             "`model` '/absent': there is no such folder. Check the path.",
         ),
-        (["train", "--model", f"{model}x", "--train_data", rows], f"no such folder. Do you mean {model!r}?"),
+        (["train", "--model", f"{model}x", "--train_data", rows], f"no such folder. Did you mean {model!r}?"),
         (["train", "--model", "some/absent", "--train_data", rows], "there is no such folder here, and the hub cannot"),
         (
             ["train", "--model", model, "--train_data", rows, "--tokenizer", "./absent"],
