@@ -79,7 +79,7 @@ def test_tokens_are_made_again_for_other_rows_tokenizers_and_classes(tmp_path: P
 def test_several_processes_give_the_same_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path)
     several = tokens(file, word_tokenizer(), n_processes=2)
-    assert "Tokenising train_data (num_proc=2)" in capfd.readouterr().err
+    assert "Tokenizing train_data (num_proc=2)" in capfd.readouterr().err
     (tmp_path / "alone").mkdir()
     unnamed = SimpleNamespace(label2id=NAMES.label2id, id2label=None)  # hashes otherwise
     assert several.fetch(range(8)) == tokens(file, word_tokenizer(), unnamed).fetch(range(8))
@@ -140,4 +140,4 @@ def test_a_second_run_of_a_program_does_not_tokenise(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert [output.returncode for output in outputs] == [0, 0], outputs[0].stderr
-    assert ["Tokenising train_data" in output.stderr for output in outputs] == [True, False]
+    assert ["Tokenizing train_data" in output.stderr for output in outputs] == [True, False]

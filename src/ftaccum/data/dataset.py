@@ -193,9 +193,9 @@ class Rows:
     def on_arrival(self, step: Step) -> None:
         """Apply a step to rows as they arrive. Here, it does nothing: all rows are present, and were checked."""
 
-    def encoded(self, encode: Encode, columns: Sequence[str], name: str, n_processes: int = 1) -> "Rows":  # noqa: ARG002
+    def encoded(self, encode: Encode, columns: Sequence[str], n_processes: int = 1) -> "Rows":  # noqa: ARG002
         """Return the rows that `encode` makes of these, of `columns` alone. `encode_table` describes the arguments."""
-        return self.replaced(encode_table(self.table, encode, name, n_processes, self.argument))
+        return self.replaced(encode_table(self.table, encode, n_processes, self.argument))
 
     def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "Rows":
         """Return the rows with one column converted.

@@ -47,7 +47,7 @@ def tokenize(
     )
     encode = _RowEncoder(rows.argument, rows.row_names, columns.texts, label, labels, encoder, next_token)
     read = [*columns.texts, *([columns.label] if columns.label is not None else [])]
-    encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}", n_processes)
+    encoded = rows.encoded(encode, read, n_processes)
     return encoded.take_out((CUT, _BLANK), _Report(rows, columns, encoder) if warns else None)
 
 

@@ -43,14 +43,8 @@ class CausalLM(PlainText):
         assert limit is not None, "checked above"
         columns = choose_columns(texts, argument, None, next_token=True)
         end = processor.eos_token_id if options.add_eos_token else None
-        tokens = texts.map(
-            DocumentEncoder(columns.texts[0], argument, processor, end),
-            with_indices=True,
-            batched=True,
-            num_proc=options.num_proc,
-            remove_columns=texts.column_names,
-            desc=f"Tokenising {argument}",
-        )
+        encode = DocumentEncoder(columns.texts[0], argument, processor, end)
+        tokens = encode_table(texts, encode, options.n_processes, argument)
         packed = pack(tokens, argument, limit)
         warn_of_rows(
             argument, tokens[BLANK], "have no text, or only spaces. Drop them if the model should not train on them."
@@ -72,7 +66,7 @@ class CausalLM(PlainText):
         columns = choose_columns(texts, "data", options.text_columns, next_token=True)
         limit = token_limit(processor, model.config, model, options.max_length)
         encode = DocumentEncoder(columns.texts[0], "data", processor, None)
-        tokens = encode_table(texts, encode, "Tokenising data", options.num_proc or 1, "data").remove_columns([BLANK])
+        tokens = encode_table(texts, encode, options.n_processes, "data").remove_columns([BLANK])
         too_long = next((n for n, ids in enumerate(tokens["input_ids"]) if limit and len(ids) > limit), None)
         if too_long is not None:
             raise DataError(f"In `data`, row {too_long} has more than {limit} tokens. Shorten it.")

@@ -59,14 +59,9 @@ class Chat(Task):
         check_fast(processor, self.named.task)
         _check_columns(rows, argument)
         limit = token_limit(processor, model.config, model, options.max_length)
-        tokens = rows.map(
-            _Encoder(argument, processor, limit, tuple(name for name in rows.column_names if name in self.roles)),
-            with_indices=True,
-            batched=True,
-            num_proc=options.num_proc,
-            remove_columns=rows.column_names,
-            desc=f"Tokenising {argument}",
-        )
+        columns = tuple(name for name in rows.column_names if name in self.roles)
+        encode = _Encoder(argument, processor, limit, columns)
+        tokens = encode_table(rows, encode, options.n_processes, argument)
         cut, answered = tokens[_CUT][:], tokens[_ANSWERED][:]
         within = "" if limit is None else f" within {limit} tokens"
         if not any(answered):
@@ -88,7 +83,7 @@ class Chat(Task):
         """Return the tokens of each conversation up to its last answer, which is left out."""
         refuse(self._faults(processor))
         columns = tuple(name for name in rows.column_names if name in self.roles)
-        return encode_table(rows, _PromptEncoder(processor, columns), "Tokenising data", options.num_proc or 1, "data")
+        return encode_table(rows, _PromptEncoder(processor, columns), options.n_processes, "data")
 
     def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
         return generation_arguments(max_new_tokens)
@@ -107,7 +102,7 @@ class Chat(Task):
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A function for `Dataset.map` that tokenises conversations.
+    """A function for `encode_table` that tokenises conversations.
 
     Attributes:
         argument: the argument that names the rows, for messages.

@@ -142,7 +142,7 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
     set_seed(recipe.random_seed)
     model, processor = source.load()
     remember_options(model, named)
-    workers = runtime.preprocessing_num_workers
+    workers = runtime.preprocessing_num_workers or 1
     options = EncodingOptions(recipe.text_columns, recipe.max_length, workers, recipe.add_eos_token)
     rows, train = train, task.encode(train, "train_data", processor, model, options)
     if val is not None:

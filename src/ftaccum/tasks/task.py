@@ -21,13 +21,13 @@ class EncodingOptions:
     Attributes:
         text_columns: the setting of this name.
         max_length: the most tokens of a row; None: as many as the model and the tokenizer accept.
-        num_proc: the number of processes that tokenise; None for this one.
+        n_processes: the number of processes that tokenize; with 1, this process does.
         add_eos_token: the setting of this name.
     """
 
     text_columns: Sequence[str] | None = None
     max_length: int | None = None
-    num_proc: int | None = None
+    n_processes: int = 1
     add_eos_token: bool = True
 
 
