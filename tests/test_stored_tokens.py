@@ -1,4 +1,4 @@
-"""Tokenising before training: in several processes, and stored so that later runs find the tokens."""
+"""Tokenizing before training: in several processes, and stored so that later runs find the tokens."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def tokens(file: str, tokenizer: Any, config: Any = NAMES, n_processes: int = 1)
 
 
 def never(*_arguments: Any) -> Any:
-    raise AssertionError("tokenised again")
+    raise AssertionError("tokenized again")
 
 
 def saved_tokenizer(folder: Path) -> Path:
@@ -101,7 +101,7 @@ def test_a_tokenizer_that_cannot_be_sent_to_another_process_is_refused(tmp_path:
         def __reduce__(self) -> Any:
             raise TypeError("cannot be pickled")
 
-    with pytest.raises(DataError, match=r"cannot be tokenised in 2 processes.*Leave out `preprocessing_num_workers`"):
+    with pytest.raises(DataError, match=r"cannot be tokenized in 2 processes.*Leave out `preprocessing_num_workers`"):
         tokens(write(tmp_path), Stuck(), n_processes=2)
 
 

@@ -34,6 +34,6 @@ def encode_table(table: Dataset, encode: Encode, n_processes: int, argument: str
         raise
     except Exception as error:
         raise DataError(
-            f"`{argument}` cannot be tokenised in {n_processes} processes: {error!r}. Leave out "
-            "`preprocessing_num_workers` to tokenise in this process."
+            f"`{argument}` cannot be tokenized in {n_processes} processes: {error!r}. Leave out "
+            "`preprocessing_num_workers` to tokenize in this process."
         ) from error

@@ -99,7 +99,7 @@ def choose_columns(table: Dataset, argument: str, named: Sequence[str] | None, *
     return TextColumns(texts, label, others)
 
 
-_PROMPTS = "To train only on the answers to prompts, tokenise first, with labels of -100 on the prompt."
+_PROMPTS = "To train only on the answers to prompts, tokenize first, with labels of -100 on the prompt."
 
 
 def _ask_for_names(table: Dataset, argument: str, found: Mapping[str, Any], *, next_token: bool) -> str:
@@ -157,7 +157,7 @@ def _advice(what: str, value: Any) -> str:
     if isinstance(inner, Mapping):
         return f"To train on {what}, turn it into text first: conversations with `tokenizer.apply_chat_template`."
     if isinstance(inner, str):
-        return f"To train on {what}, tokenise first, with `tokenizer(words, is_split_into_words=True)`."
+        return f"To train on {what}, tokenize first, with `tokenizer(words, is_split_into_words=True)`."
     return f"To train on {what}, decode the bytes first." if isinstance(value, bytes) else ""
 
 

@@ -144,7 +144,7 @@ def _of_column(name: str, place: int | None, size: int) -> str:
     if name == "input_ids":
         return (
             f"token id {{}}, but the model's vocabulary is 0 to {size - 1}. "
-            "Tokenise with the model's own tokenizer, or resize its embeddings."
+            "Tokenize with the model's own tokenizer, or resize its embeddings."
         )
     where = f"`{name}`" if place is None else f"element {place} of `{name}`"
     return (

@@ -50,7 +50,7 @@ def label_positions(axes: "Axes", axis: Axis) -> None:
 
 
 def explain_line(axes: "Axes", style: Any, words: str) -> None:
-    """Say above the axes what a line of some style means, whatever its colour."""
+    """Say above the axes what a line of some style means, whatever its color."""
     from matplotlib.lines import Line2D
 
     line = Line2D([], [], color="0.5", linestyle=style, linewidth=1.2, label=words)

@@ -122,7 +122,7 @@ def _load_base(name: str, adapter: dict[str, Any], saved: dict[str, Any]) -> tup
     if getattr(model, "is_quantized", False):
         raise SettingsError(
             [
-                f"The base model {name!r} is quantised, so merging would round the adapters. Give it with its full "
+                f"The base model {name!r} is quantized, so merging would round the adapters. Give it with its full "
                 "weights as `--base`."
             ]
         )

@@ -110,7 +110,7 @@ class NamedArguments(TrainDataArguments, ModelArguments, LanguageModelOptions, R
     problem_type: ProblemType | None = _data(
         None,
         "kind of labels of text-classification and image-classification: single_label_classification, "
-        "multi_label_classification or regression; none: recognised by their type",
+        "multi_label_classification or regression; none: recognized by their type",
     )
     doc_stride: PositiveInt | None = _data(
         None,

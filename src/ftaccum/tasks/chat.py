@@ -102,7 +102,7 @@ class Chat(Task):
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A function for `encode_table` that tokenises conversations.
+    """A function for `encode_table` that tokenizes conversations.
 
     Attributes:
         argument: the argument that names the rows, for messages.
@@ -131,7 +131,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _PromptEncoder:
-    """A function that tokenises conversations without their last answer.
+    """A function that tokenizes conversations without their last answer.
 
     Attributes:
         columns: the columns to read.

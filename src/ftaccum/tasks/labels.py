@@ -44,7 +44,7 @@ class Labels:
 
         Args:
             argument: the argument that names the rows, for messages.
-            problem_type: the kind of the labels; None to recognise it by their type.
+            problem_type: the kind of the labels; None to recognize it by their type.
 
         Raises:
             DataError: if rows have no label, or the labels do not fit.

@@ -105,7 +105,7 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     loaded = load(named, settings)
-    # `test_fine_tuning` tokenises the texts of some tasks.
+    # `test_fine_tuning` tokenizes the texts of some tasks.
     text = {name: settings[name] for name in _TEXT_SETTINGS if name in settings}
     return replace(loaded, more=loaded.more | text)
 

@@ -112,7 +112,7 @@ class Seq2Seq(Task):
 
 @dataclass(frozen=True)
 class _Targets:
-    """A tokenizer that tokenises targets, which some languages and models need."""
+    """A tokenizer that tokenizes targets, which some languages and models need."""
 
     tokenizer: Any
 

@@ -40,7 +40,7 @@ class Task:
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
         targets: the roles that a prediction does without.
-        reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
+        reads_text: whether `test_fine_tuning` tokenizes its rows, and shows which columns it reads.
         streams: whether it can train on a stream of rows.
     """
 

@@ -35,7 +35,7 @@ from .report import Verification
 from .settings import VerifySettings
 
 _FLOAT64 = 1e-12  # upper bound of rounding errors in float64
-_ROWS = 1024  # enough to find how the loss is counted; more are read and tokenised only if the window needs them
+_ROWS = 1024  # enough to find how the loss is counted; more are read and tokenized only if the window needs them
 _RARE = 64  # further rows to keep, for label values or columns that the others lack
 _SHARDED = (
     "The launcher asks for FSDP, but `verify` measures a whole model on each process. Start it with `torchrun`, with "
@@ -133,7 +133,7 @@ class VerificationRun(Run):
         stack.enter_context(cast_tensors(tensors, device=self.accelerator.device))
 
     def _take_rows(self) -> None:
-        """Keep only as many rows as are needed, drawn by the seed, because they may still have to be tokenised."""
+        """Keep only as many rows as are needed, drawn by the seed, because they may still have to be tokenized."""
         components, recipe, size = self.config.components, self.config.recipe, self.config.runtime.batch_size
         rows = as_rows(components.train_data, "data")
         assert isinstance(size, int), "checked with the arguments"

@@ -20,7 +20,7 @@ class ReadingPlan:
     """The options of reading some files of one kind.
 
     Attributes:
-        delimiter: of CSV files; None to recognise it.
+        delimiter: of CSV files; None to recognize it.
         encodings: the encoding of each file.
         split: the part to take from a file that has several.
         text_columns: CSV columns that are text, even if all cells are numbers.
