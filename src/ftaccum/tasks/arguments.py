@@ -20,6 +20,10 @@ TASKS = {
     "seq2seq": "ftaccum.tasks.seq2seq:Seq2Seq",
 }
 
+# The settings of a run that loading a task depends on. `test_fine_tuning` needs those of raw text, too.
+TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
+LOADING_SETTINGS = (*TEXT_SETTINGS, "random_seed", "validation_split", "lora")
+
 # The tasks that an option belongs to; other options belong to all tasks.
 TASK_OPTIONS = {
     "packing": ("causal-lm",),
