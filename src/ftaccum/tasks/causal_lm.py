@@ -18,7 +18,7 @@ from .plain_text import PlainText
 from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions
-from .token_accuracy import PredictedTokens, TokenAccuracy
+from .token_accuracy import TokenAccuracy, accuracy_arguments
 
 
 class CausalLM(PlainText):
@@ -57,8 +57,7 @@ class CausalLM(PlainText):
         return packed
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
+        return accuracy_arguments(next_token=True)
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
         """Return the tokens of each text, which the model continues."""

@@ -21,7 +21,7 @@ from .generated_text import generated_columns, generation_arguments
 from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
-from .token_accuracy import PredictedTokens, TokenAccuracy
+from .token_accuracy import TokenAccuracy, accuracy_arguments
 
 _CUT, _ANSWERED = "was_cut", "is_answered"
 
@@ -76,8 +76,7 @@ class Chat(Task):
         return tokens if all(answered) else tokens.select([n for n, has in enumerate(answered) if has])
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
+        return accuracy_arguments(next_token=True)
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
         """Return the tokens of each conversation up to its last answer, which is left out."""

@@ -39,8 +39,8 @@ class Labels:
     multi_hot: bool = False
 
     @classmethod
-    def read(cls, rows: Dataset, argument: str, problem_type: str | None = None, column: str = "label") -> "Labels":
-        """Return the kind and the classes of the labels in a column. Log the classes with their numbers of rows.
+    def read(cls, rows: Dataset, argument: str, problem_type: str | None = None) -> "Labels":
+        """Return the kind and the classes of the labels of rows. Log the classes with their numbers of rows.
 
         Args:
             argument: the argument that names the rows, for messages.
@@ -49,8 +49,8 @@ class Labels:
         Raises:
             DataError: if rows have no label, or the labels do not fit.
         """
-        values = check_labels(rows, argument, column)
-        feature = rows.features[column]
+        values = _labels_of(rows, argument)
+        feature = rows.features["label"]
         inner = feature.feature if isinstance(feature, List | LargeList) else None
         problem_type = problem_type or _problem_type(values, argument, nested=inner is not None)
         if problem_type == REGRESSION:
@@ -86,16 +86,15 @@ class Labels:
         ids = dict(enumerate(self.names))
         return head | {"id2label": ids, "label2id": {name: n for n, name in ids.items()}}
 
-    def encode(self, rows: Dataset, argument: str, column: str = "label") -> Dataset:
+    def encode(self, rows: Dataset, argument: str) -> Dataset:
         """Return the rows with labels as the model takes them: a class number, a float, or a float for each class.
 
         Raises:
             DataError: naming the first row whose label is missing, or is none of the classes.
         """
-        values = check_labels(rows, argument, column)
-        labels, values = self._of_rows(values, rows.features[column])
+        labels, values = self._of_rows(_labels_of(rows, argument), rows.features["label"])
         encoded = [labels._number(value, f"In `{argument}`, row {n}") for n, value in enumerate(values)]
-        return rows.remove_columns(column).add_column(column, encoded)
+        return rows.remove_columns("label").add_column("label", encoded)
 
     def _of_rows(self, values: list[Any], feature: Any) -> tuple["Labels", list[Any]]:
         """Return the labels and values of rows in which numbers of classes are this object's, or names.
@@ -163,17 +162,17 @@ class Labels:
         return known.index(value)
 
 
-def check_labels(rows: Dataset, argument: str, column: str) -> list[Any]:
+def _labels_of(rows: Dataset, argument: str) -> list[Any]:
     """Return the labels of all rows.
 
     Raises:
         DataError: if rows have no label. It counts them and names the first.
     """
-    values = list(rows[column])
+    values = list(rows["label"])
     missing = [n for n, value in enumerate(values) if _is_missing(value)]
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(values)} rows of `{argument}` have no label in {column!r}; the first is row "
+            f"{len(missing)} of the {len(values)} rows of `{argument}` have no label in 'label'; the first is row "
             f"{missing[0]}. Give these rows a label, or drop them."
         )
     return values
