@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..insight.format import format_bytes
 from ..planning.base_plan import Progress
 from ..runtime.log import logger
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry
@@ -95,7 +96,7 @@ class Snapshot:
         with (folder / LEDGER).open("w") as file:
             file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
         seconds = time.perf_counter() - started
-        logger.debug(f"Wrote a checkpoint of {self.n_bytes / 1e6:,.1f} MB in {seconds:.2f} s.")
+        logger.debug(f"Wrote a checkpoint of {format_bytes(self.n_bytes)} in {seconds:.2f} s.")
 
 
 @dataclass(frozen=True)
