@@ -10,8 +10,8 @@ from datasets import Dataset, Json, LargeList, List, Translation, TranslationVar
 
 from ..errors import DataError
 from .dataset import Rows
+from .labels import LABELS
 
-LABELS = ("labels", "label")
 _FEW = 8  # rows to look at, since the first may have no text
 _NAMED = 8  # the most columns to name in a message
 _SAMPLE = 100  # rows to find the column with the longest texts
