@@ -288,7 +288,7 @@ class Result(Mapping[str, Any]):
         return read_result(Path(path), _RESULT_NAMES, cls)
 
 
-def with_trained(result: Result, trained: TrainedModel | None, recorded: Recorded | None = None) -> Result:
+def with_trained(result: Result, trained: TrainedModel | None, recorded: Recorded | None) -> Result:
     """Return a result with a trained model, what is saved with it, and what the run has recorded in memory, if any."""
     result = replace(result)
     object.__setattr__(result, "_trained", trained)

@@ -14,7 +14,7 @@ from ...errors import SettingsError, first_line
 from ...tasks.task_classes import task_class
 
 
-def model_without_weights(name: str, task: str | None = None, dtype: str = "auto") -> Any:
+def model_without_weights(name: str, task: str | None, dtype: str) -> Any:
     """Return a model on the meta device, as `from_pretrained` would build it. No weights are loaded or downloaded.
 
     Args:
