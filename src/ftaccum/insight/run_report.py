@@ -115,7 +115,7 @@ def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return str(settings[name]) if name in settings else "–"
+    return str(settings[name]) if name in settings else UNKNOWN
 
 
 def _merged(orders: Sequence[list[str]]) -> list[str]:

@@ -11,6 +11,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import SettingsError
 from ..tracking.auto_classes import AUTO_CLASSES
+from ..tracking.saved_model import ADAPTER
 from .arguments import TASKS
 from .reading.sources import HUB_NAME, did_you_mean
 from .task_classes import task_class
@@ -34,7 +35,7 @@ def check_name(option: str, name: str, revision: str | None = None, *, asks_hub:
     try:
         cached_file(name, "config.json", revision=revision)
     except OSError as error:
-        if _is_of_absence(error) and not isinstance(try_to_load_from_cache(name, "adapter_config.json"), str):
+        if _is_of_absence(error) and not isinstance(try_to_load_from_cache(name, ADAPTER), str):
             of_revision = f" with the revision {revision!r}" if revision else ""
             raise SettingsError(
                 [

@@ -15,6 +15,7 @@ from ...data.convert import as_rows
 from ...data.loader import Loader
 from ...errors import DataError, SettingsError
 from ...objective.deterministic_forward import DeterministicMode
+from ...objective.rounding import Rounding
 from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.micro_batches import RowIndices
 from ...planning.plan import Plan
@@ -28,7 +29,7 @@ from ...training.config import RunConfig
 from ...training.parameter_groups import trainable_parameters
 from .bench import Bench
 from .compare import Compared, Comparison
-from .precision import candidates, dtype_of, has_room, measured_in, shown, tolerance_for
+from .precision import candidates, dtype_of, has_room, measured_in, shown
 from .rare_rows import Traits, rarest, traits_of, with_rare_rows
 from .reference import Reference
 from .report import Verification
@@ -195,13 +196,13 @@ class VerificationRun(Run):
             bench = replace(bench, window=bench.window[: len(bench.window) // 2])
 
     def _compare(self, bench: Bench, precision: tuple[torch.dtype, str]) -> Compared:
-        tolerance = self._settings.tolerance
+        given, (dtype, autocast) = self._settings.tolerance, precision
         comparison = Comparison(
             bench,
             self.planner,
             unit=self.batch_sizes.batch_size * self.process_group.size,
             n_random=self._settings.n_splits,
-            tolerance=lambda floor: tolerance or tolerance_for(floor, *precision),
+            tolerance=lambda floor: given or Rounding.of([dtype], autocast).tolerance(floor),
         )
         shown = self.process_group.is_main and self.config.runtime.shows_bars and can_draw_bars()
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
