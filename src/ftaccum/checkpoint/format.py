@@ -15,12 +15,9 @@ from ..planning.base_plan import Progress
 from ..runtime.log import logger
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry
 from ..tracking.ledger_file import read_entry
-from .manifest import damage
+from .manifest import BESIDE, BEST, BUFFERS, LEDGER, OPTIMIZER, PROCESSES, STATE, WEIGHTS, damage
 from .serialization import n_bytes_in
 from .shards import Shard
-
-STATE, LEDGER, WEIGHTS, BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
-OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
 
 
 @dataclass(frozen=True)
