@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..objective.prefixed import length_columns
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
@@ -75,9 +75,7 @@ class Rows:
 
     def names_of(self, positions: Sequence[int]) -> str:
         """Return the name in messages for several rows that include a faulty one."""
-        named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
-        more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
-        return f"rows {named}{more}"
+        return f"rows {listed([str(self._name(position)) for position in positions], _NAMED)}"
 
     @property
     def row_names(self) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..runtime.log import logger
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -154,10 +154,9 @@ class Labels:
         else:
             known = self.values
         if value not in known:
-            more = ", …" if len(known) > _NAMED else ""
             raise DataError(
                 f"{name} has the label {value!r}, which is none of the classes that the model is trained on: "
-                f"{', '.join(map(repr, known[:_NAMED]))}{more}. Fix the label, or train on such rows."
+                f"{listed([*map(repr, known)], _NAMED)}. Fix the label, or train on such rows."
             )
         return known.index(value)
 
@@ -202,8 +201,7 @@ def _classes(values: Iterable[Any], argument: str) -> tuple[tuple[str, ...], tup
     whole = {int(value) for value in found if _is_number(value) and float(value).is_integer()}
     if len(whole) == len(found) and min(whole) >= 0:
         return tuple(map(str, range(max(whole) + 1))), tuple(range(max(whole) + 1))
-    shown = sorted(map(repr, found))[:_NAMED]
-    raise DataError(f"The labels of `{argument}` are {', '.join(shown)}. {_REMEDY}")
+    raise DataError(f"The labels of `{argument}` are {listed(sorted(map(repr, found)), _NAMED)}. {_REMEDY}")
 
 
 def _check(values: Sequence[Any], argument: str, problem_type: str, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -225,9 +223,8 @@ def _described(labels: Labels, values: Sequence[Any]) -> Labels:
         each = chain.from_iterable(values) if labels.problem_type == MULTI else values
         numbers_of = Counter(each)
         counts = Counter({name: numbers_of[value] for name, value in zip(labels.names, known, strict=True)})
-    named = [f"{name} ({counts[name]:,})" for name in labels.names[:_NAMED]]
-    more = f" and {len(labels.names) - _NAMED} more" if len(labels.names) > _NAMED else ""
-    logger.info(f"Classes: {', '.join(named)}{more}")
+    counted = [f"{name} ({counts[name]:,})" for name in labels.names]
+    logger.info(f"Classes: {listed(counted, _NAMED)}")
     return labels
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import listed
 from .data_file import DataFile
 from .encodings import open_text
 
@@ -51,7 +52,7 @@ class Delimited:
             else "Add the missing fields, or leave them empty"
         )
         counted = f"{len(cells)} field{'s' * (len(cells) != 1)}"
-        header = f"the header has {len(self.names)} ({', '.join(self.names[:_SHOWN])})"
+        header = f"the header has {len(self.names)} ({listed(self.names, _SHOWN)})"
         return self.file.error(
             f"this row has {counted}, but {header}",
             f"{remedy}. If {by} is not what separates the columns, give `--delimiter`.",
@@ -77,7 +78,7 @@ def open_delimited(file: DataFile, encoding: str, asked: str | None) -> Delimite
     names = [name.strip() for name in header]
     _check_header(file, delimiter, names, line)
     if len(first) == 1:
-        raise file.error(f"it has a header ({', '.join(names[:_SHOWN])}), but no rows", "Give a file with rows.")
+        raise file.error(f"it has a header ({listed(names, _SHOWN)}), but no rows", "Give a file with rows.")
     return Delimited(file, encoding, delimiter, names, line)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DataError
+from ...errors import DataError, listed
 from .data_file import ALLOWED, KINDS, DataFile
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -124,7 +124,7 @@ def _in_folder(folder: Path, split: str, argument: str, named: str) -> Source:
         return Source("images", str(folder), split, argument, has_split=has_split)
     data = [path for path in found if DataFile(path, argument).kind]
     if not data:
-        inside = ", ".join(sorted(path.name for path in found)[:_SHOWN]) or "nothing"
+        inside = listed(sorted(path.name for path in found), _SHOWN) or "nothing"
         raise DataError(
             f"`{argument}` {named!r} is a folder without data files; it contains {inside}. Give a folder with files of "
             f"one kind ({', '.join(KINDS)}), one with images in a folder for each class, or one that `save_to_disk` "
