@@ -17,7 +17,7 @@ from .exit_status import FAILED, OK, run_and_report
 from .extra_options import declared_options, make_extra_options, plain_fields, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
-from .parser import Parsed, parse_given
+from .parser import Parsed, parse
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 
 # A script has one task.
@@ -164,7 +164,7 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
     refuse([f"`run_script` has the default {name!r}, but the script has no such option." for name in unknown])
     values = {name: _as_text(value) for name, value in defaults.items()}
-    read = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
+    read = parse([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
     missing = [name for each in read.options for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
     options = [
