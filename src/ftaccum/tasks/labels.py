@@ -215,7 +215,7 @@ def _check(values: Sequence[Any], argument: str, problem_type: str, fits: Callab
 
 
 def _described(labels: Labels, values: Sequence[Any]) -> Labels:
-    """Log the classes and their numbers of rows, so that a misspelt one is seen, and return the labels."""
+    """Log the classes and their numbers of rows, so that a misspelled one is seen, and return the labels."""
     if labels.multi_hot:
         counts = Counter({name: sum(bool(row[n]) for row in values) for n, name in enumerate(labels.names)})
     else:
