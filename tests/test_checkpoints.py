@@ -55,7 +55,7 @@ def test_a_finished_run_keeps_its_newest_checkpoint_and_logs_its_size(
     fine_tuned(output_dir=str(tmp_path), learning_rate=0.05, audit=False)  # the first epoch is the best
     assert checkpoints_of(tmp_path) == ["update-00000014-epoch-0002"]
     newest = tmp_path / "checkpoints" / "update-00000014-epoch-0002"
-    size = format_bytes(sum(file.stat().st_size for file in newest.iterdir()))
+    size = format_bytes(sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
     assert f"from which the run can be extended: {newest} ({size})." in capsys.readouterr().err
 
     fine_tuned(

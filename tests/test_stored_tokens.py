@@ -105,13 +105,13 @@ def test_a_tokenizer_that_cannot_be_sent_to_another_process_is_refused(tmp_path:
         tokens(write(tmp_path), Stuck(), n_processes=2)
 
 
-def test_the_setting_reaches_the_tokeniser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_reaches_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     encoded = Rows.encoded
 
-    def count(self: Rows, encode: Any, columns: Any, name: str, n_processes: int = 1) -> Rows:
+    def count(self: Rows, encode: Any, columns: Any, n_processes: int = 1) -> Rows:
         asked.append(n_processes)
-        return encoded(self, encode, columns, name)
+        return encoded(self, encode, columns)
 
     monkeypatch.setattr(Rows, "encoded", count)
     model: nn.Module = causal_lm()
