@@ -15,11 +15,11 @@ from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch_for
+from .forward import Forward
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import AFTER_SHIFT, Batch, are_per_token
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .labelled_positions import LabelledPositions
-from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
@@ -31,13 +31,7 @@ _WAYS = {"labels": False, AFTER_SHIFT: True}  # whether logits predict the next 
 _GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
 
 
-def find_labelled_head(
-    model: nn.Module,
-    forward: ModelForward,
-    sample: Sample,
-    objective: Objective,
-    ignore_index: int,
-) -> LabelledHead | str:
+def find_labelled_head(model: nn.Module, sample: Sample, objective: Objective, ignore_index: int) -> LabelledHead | str:
     """Return a head that computes logits only at labelled positions, if it gives the model's own loss and gradient.
 
     Compare both on the sample: the loss in eval mode, also for rare labels, and the gradient in train mode, with equal
@@ -46,24 +40,21 @@ def find_labelled_head(
     finding.
 
     Args:
-        forward: the forward pass of the objective.
         ignore_index: the label that the loss ignores.
 
     Returns:
         The head, or the reason why all logits are computed, for a message.
     """
     way = "" if objective.report.sums else objective.report.ways.get(LOSS, "")
-    labelled = candidate_head(model, forward, sample.together, way, ignore_index)
+    labelled = candidate_head(model, objective.forward, sample.together, way, ignore_index)
     if not isinstance(labelled, LabelledHead):
         return labelled
-    comparison = _Comparison(model, forward, sample, objective, labelled)
+    comparison = _Comparison(model, sample, objective, labelled)
     found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     return labelled if found is None else found
 
 
-def candidate_head(
-    model: nn.Module, forward: ModelForward, batch: Batch, way: str, ignore_index: int
-) -> LabelledHead | str:
+def candidate_head(model: nn.Module, forward: Forward, batch: Batch, way: str, ignore_index: int) -> LabelledHead | str:
     """Return a head that computes logits only at labelled positions, not yet compared with the model's own way.
 
     Args:
@@ -81,7 +72,7 @@ def candidate_head(
     return LabelledHead(model, head, LabelledPositions(_WAYS[way], ignore_index))
 
 
-def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, way: str) -> str | None:
+def _excluded(model: nn.Module, head: nn.Module, forward: Forward, batch: Batch, way: str) -> str | None:
     if not forward.is_own:
         return "the loss is not the model's own"
     if not isinstance(batch, Mapping) or not are_per_token(batch.get("labels")):
@@ -101,15 +92,8 @@ class _Comparison:
         gives_logits: whether the model returns the outputs of its head unchanged, as logits.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: ModelForward,
-        sample: Sample,
-        objective: Objective,
-        labelled: LabelledHead,
-    ) -> None:
-        self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
+    def __init__(self, model: nn.Module, sample: Sample, objective: Objective, labelled: LabelledHead) -> None:
+        self._model, self._forward, self._sample, self._objective = model, objective.forward, sample, objective
         self._labelled, self._tolerance = labelled, objective.report.tolerance
         self._prepared: Callable[[Batch], Batch] = lambda batch: batch
         self.gives_logits = False

@@ -10,7 +10,6 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode
 from .batch_changes import fresh_batch_for
-from .forward import Forward
 from .item_counts import Batch, tensors_of
 from .objective import Objective
 from .perturbation import float32_weights, perturb_head
@@ -19,16 +18,14 @@ from .sample import Sample
 from .self_check_cache import VerdictCache
 
 
-def explains_whole_rows(
-    model: nn.Module, forward: Forward, objective: Objective, whole: Sample, cache: VerdictCache | None
-) -> bool:
+def explains_whole_rows(model: nn.Module, objective: Objective, whole: Sample, cache: VerdictCache | None) -> bool:
     """Return whether the count explains the loss of the four whole rows from batches that are padded on their own.
 
     A model may compute long rows in another way than short ones, with rotary embeddings of another scale or sparse
     attention. All processes use the main process's finding.
 
     Args:
-        forward: the forward pass of the objective. Its loss has one term.
+        objective: an objective of one term.
         cache: where to keep that it does. An earlier run with the same count, code and config need not be repeated on
             the very same rows.
     """
@@ -37,7 +34,7 @@ def explains_whole_rows(
     known = verdict is not None and verdict.whole == rows and [verdict.way] == list(objective.report.ways.values())
     if of_main_process(known):
         return True
-    explains = _explains(model, forward, objective, whole)
+    explains = _explains(model, objective, whole)
     if explains and cache is not None:
         cache.add_whole(rows)
     return explains
@@ -51,14 +48,14 @@ def _hash_of(batch: Batch) -> str:
     return found.hexdigest()
 
 
-def _explains(model: nn.Module, forward: Forward, objective: Objective, whole: Sample) -> bool:
+def _explains(model: nn.Module, objective: Objective, whole: Sample) -> bool:
     ((term, count),) = objective.count_by_term.items()
-    modules, parts = forward.modules, whole.parts
+    modules, parts = objective.modules, whole.parts
     with inspection_mode(model, *modules), float32_weights(model, *modules) as widened, perturb_head(model):
 
         def losses(batch: Batch) -> dict[str, float]:
             with preserve_attributes(model, *modules):
-                means, _ = forward(model, widened(fresh_batch_for(model, batch)))
+                means, _ = objective.forward(model, widened(fresh_batch_for(model, batch)))
             return {term: mean.item() for term, mean in means.items()}
 
         joint, means = losses(whole.together), [losses(part) for part in parts]

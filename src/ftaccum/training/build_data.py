@@ -118,15 +118,14 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         labelled += group.positions
     forward, objective = build_objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None and val_padding is not None:
-        check_padded_labels(components, forward, objective, rows, padding, labelled)
-        documents = measure_documents(config, forward, objective, rows, padding, labelled)
-        padding.documents = val_padding.documents = documents
+        check_padded_labels(components, objective, rows, padding, labelled)
+        padding.documents = val_padding.documents = measure_documents(config, objective, rows, padding, labelled)
         sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
     pins = _pins_memory(accelerator, sample)
     load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pins)
     if runtime.padding_free:
-        row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
+        row_collator = packed_collator(components, objective, rows, row_collator, labelled, ignore_index)
     return TrainingData(
         rows,
         val_rows,

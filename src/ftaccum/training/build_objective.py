@@ -87,7 +87,7 @@ def build_objective(
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     found: LabelledHead | str | None = all_logits or forward.labelled_head
     if found is None:
-        found = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        found = find_labelled_head(components.model, few, objective, ignore_index)
         if isinstance(found, LabelledHead) and cache is not None:
             cache.allow_labels(gives_logits=found.gives_logits)
     if isinstance(found, LabelledHead):
@@ -96,17 +96,15 @@ def build_objective(
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
-        forward.last_layer = _last_layer(config, accelerator, forward, few, objective)
+        forward.last_layer = _last_layer(config, accelerator, few, objective)
     return forward, objective
 
 
-def _last_layer(
-    config: RunConfig, accelerator: Accelerator, forward: ModelForward, few: Sample, objective: Objective
-) -> LastLayer | None:
+def _last_layer(config: RunConfig, accelerator: Accelerator, few: Sample, objective: Objective) -> LastLayer | None:
     """Return the last layer if it is enough to compute it at the positions that are read; else None."""
     if config.runtime.loss_head == "full" or config.runtime.compile or compiles_models(accelerator):
         return None
-    found = find_last_layer(config.components.model, forward, few, objective)
+    found = find_last_layer(config.components.model, few, objective)
     if isinstance(found, LastLayer):
         logger.debug("The last layer is computed only at the positions that are read.")
         return found
@@ -136,7 +134,7 @@ def _measured_on_short_or_whole(
         tried = copy.deepcopy(forward)  # measuring changes it: where its loss is, its terms, its labelled head
         try:
             objective = measure(tried, short)
-            is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole, cache)
+            is_enough = is_plain(objective.report) and explains_whole_rows(model, objective, whole, cache)
         except Exception as error:  # a model may need rows of one length
             if is_out_of_memory(error):
                 raise  # whole rows do not fit either
