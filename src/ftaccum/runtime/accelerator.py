@@ -170,11 +170,6 @@ def _precision(runtime: Runtime) -> str | None:
     return "bf16" if bf16 else "fp16"
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of a device for people, such as "NVIDIA H200" or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 def is_first_process() -> bool:
     """Return whether this is the only process, or the first one that the launcher started."""
     return os.environ.get("RANK", "0") == "0"
