@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..runtime.graph_leaves import leaves_besides
-from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, seed_all
 from .forward import total_of
-from .gradient_check import GradientDifference, backward, confirm_in_float64, difference_of
+from .gradient_check import GradientDifference, backward, confirm_in_float64, difference_of, if_memory_allows
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, rows_of
 from .row_terms import RowTerms
@@ -71,18 +70,16 @@ class WindowGradientCheck:
         Args:
             tolerance: the largest relative difference that counts as rounding.
         """
-        try:
+
+        def run() -> GradientDifference:
             if self._draws():  # also in eval mode, so that no two passes are the same
                 return GradientDifference()
             found = self._difference(tolerance)
             return confirm_in_float64(
                 found, lambda convert: self._converted(convert)._difference(tolerance), self._both
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        give_back_memory()
-        return GradientDifference()
+
+        return if_memory_allows(run) or GradientDifference()
 
     def _difference(self, tolerance: float) -> GradientDifference:
         reordered = self.sample.reordered
