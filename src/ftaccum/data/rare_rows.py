@@ -15,8 +15,26 @@ from .row import Row
 _MOST_ROWS = 64
 _RESERVED = 16  # of these, for columns other than labels; the most for such columns of measurements
 _FIRST_ROWS = 8  # rows that show which columns to search
-_MOST_LABELS, _MOST_KINDS = 1000, 64  # distinct values of labels, and of other columns; a vocabulary has more
+_MOST_CLASSES, _MOST_TOKENS, _MOST_KINDS = 1000, 64, 64  # distinct values of labels, and of other columns
 _FEW_LABELS = 32  # label values; up to this number, one more row may be chosen for each
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """What labels stand for.
+
+    Attributes:
+        are_tokens: whether they are tokens that a language model predicts with its own loss.
+        special: the special tokens, which are covered even if there are too many values.
+    """
+
+    are_tokens: bool = False
+    special: Collection[int] = ()
+
+    @property
+    def most(self) -> int:
+        """The most values to cover. Of a vocabulary, a model's own loss hardly treats any but special tokens apart."""
+        return _MOST_TOKENS if self.are_tokens else _MOST_CLASSES
 
 
 @dataclass(frozen=True)
@@ -33,30 +51,31 @@ class RareRows:
     not_looked_at: str
 
     @classmethod
-    def of(cls, rows: Rows, ignore_index: int, special: Collection[int]) -> "RareRows":
+    def of(cls, rows: Rows, ignore_index: int, label_kind: LabelKind) -> "RareRows":
         """Choose rows that cover the values of each column, rarest first, labels before other columns.
 
         Args:
             ignore_index: the label that the loss is known to ignore.
-            special: the token ids to cover if the labels come from a vocabulary.
         """
         labels, others = _columns(readable_rows(rows, _FIRST_ROWS))
         if not (labels or others):
             return cls((), "")
         search, unseen = _Search(SearchedRows.of(rows)), []
-        kinds = {name: each for name in labels if (each := search.labels(name, ignore_index)) is not None}
+        kinds = {
+            name: each for name in labels if (each := search.labels(name, ignore_index, label_kind.most)) is not None
+        }
         found = [each for name, is_flag in others.items() if (each := search.flags(name, is_flag=is_flag)) is not None]
         found.sort(key=lambda each: len(each.values))
         reserved = min(_RESERVED, sum(len(each.values) for each in found))
         for each in kinds.values():
-            search.cover(each, _MOST_ROWS - reserved, special)
+            search.cover(each, _MOST_ROWS - reserved, label_kind.special)
         for each in [each for each in found if not each.are_measurements]:
             search.cover(each, _MOST_ROWS)
         most = min(_MOST_ROWS, len(search.chosen) + _RESERVED)
         for each in [each for each in found if each.are_measurements]:
             search.cover(each, most)
         for name, each in kinds.items():
-            missing = search.cover(each, _MOST_ROWS, special)
+            missing = search.cover(each, _MOST_ROWS, label_kind.special)
             if missing and not each.are_measurements:
                 unseen.append(
                     f"{missing:,} of {len(each.values):,} {'label' if name == TARGETS else repr(name)} values"
@@ -82,7 +101,7 @@ class _Kinds:
     column: NumberColumn
     values: Values
     are_measurements: bool = False
-    most: int = _MOST_LABELS
+    most: int = _MOST_CLASSES
 
 
 @dataclass(frozen=True)
@@ -92,10 +111,10 @@ class _Search:
     rows: SearchedRows
     chosen: list[int] = field(default_factory=list)
 
-    def labels(self, name: str, ignore_index: int) -> _Kinds | None:
-        """Return the values to cover of a column of labels; None if it holds anything but numbers."""
+    def labels(self, name: str, ignore_index: int, most: int) -> _Kinds | None:
+        """Return up to `most` values to cover of a column of labels; None if it holds anything but numbers."""
         column = self.rows.column(name)
-        found = None if column is None else self._kinds(column, _MOST_LABELS)
+        found = None if column is None else self._kinds(column, most)
         if found is not None:
             found.values.pop(ignore_index, None)
         return found

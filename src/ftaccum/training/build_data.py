@@ -112,7 +112,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if val_rows is not None:
         _check_validation(components, batch, check_sample(val_rows, val_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
-    sample = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
+    sample = sample_of(rows, row_collator, labelled, ignore_index, components.label_kind)
     for group in sample.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions

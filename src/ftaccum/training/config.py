@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from ..arguments import parse_settings
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
+from ..data.rare_rows import LabelKind
 from ..errors import refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
 from ..objective.window_loss import LossInputs
-from ..runtime.model_traits import can_generate
+from ..runtime.model_traits import can_generate, output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.launcher import loads_on_one_process
 from ..runtime.sharding.tensors import has_sharded_tensors
@@ -78,11 +79,13 @@ class Components:
         return getattr(self.tokenizer, "padding_side", "right")
 
     @property
-    def special_tokens(self) -> set[int]:
-        """The ids of padding, end-of-text and other special tokens, as the tokenizer and the config declare them."""
+    def label_kind(self) -> LabelKind:
+        """Whether labels are tokens that a model predicts with a loss of its own, and the declared special tokens."""
         config = vars(self.configuration)
         named = [value for name, value in config.items() if name.endswith("_token_id")]
-        return {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
+        special = {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
+        predicts_tokens = self.loss_fn is None and output_embeddings(model_to_save(self.model)) is not None
+        return LabelKind(predicts_tokens, special)
 
     @property
     def pad_token_id(self) -> int:
