@@ -14,7 +14,7 @@ from .objective.model_forward import LossFn
 from .objective.window_loss import LossInputs
 from .porting.keywords import explain_keywords
 from .rules.update_size import Pairs
-from .runtime.host import is_interactive
+from .runtime.progress_bar import is_interactive
 from .tracking.result import Result
 from .training.config import RunConfig
 from .training.metrics import ComputeMetrics, PreprocessLogits
