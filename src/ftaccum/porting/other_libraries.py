@@ -1,6 +1,7 @@
 """The names of PyTorch scripts, Lightning and Axolotl that differ here."""
 
 from .foreign_name import ForeignName as Name
+from .hugging_face import ANSWERS
 
 _LAUNCH = "Set it with `accelerate config`, `accelerate launch` or `torchrun`."
 _LOADER = "Give the rows, `loader.dataset`. ftaccum shuffles, batches and pads them itself."
@@ -108,14 +109,17 @@ AXOLOTL = (
     Name("max_steps", "`max_updates`", "The epochs may end training earlier: set `n_epochs` high enough."),
     Name("sequence_len", "`max_length`"),
     Name("sample_packing eval_sample_packing", "`padding_free=True`",
-         "Rows are concatenated without padding, and do not see each other."),
+         "Rows are concatenated without padding, and do not see each other. The task `causal-lm` has `packing`, too."),
     Name("pad_to_sequence_len", "", "Not needed. Rows are padded no further than the longest of their update."),
-    Name("train_on_inputs", "", "Not offered. Give rows of tokens whose `labels` are -100 where no loss counts."),
-    Name("chat_template", "", "Not offered. Apply it to the rows before training."),
+    Name("train_on_inputs", "", ANSWERS),
+    Name("chat_template", "`chat_template`", "A file, for the task `chat`; in Python, `ftaccum.load_task` takes it."),
     Name("special_tokens tokenizer_config tokenizer_type", "",
          "Not offered. Load and change the tokenizer before training."),
-    Name("model_type trust_remote_code load_in_8bit load_in_4bit", "", _FIRST),
-    Name("flash_attention sdp_attention xformers_attention attn_implementation", "", _FIRST),
+    Name("model_type", "", _FIRST),
+    Name("trust_remote_code load_in_8bit load_in_4bit attn_implementation", "",
+         "In Python, load the model with these options. The command line has the same ones."),
+    Name("flash_attention sdp_attention xformers_attention", "`attn_implementation`",
+         'Such as "flash_attention_2". In Python, load the model with it.'),
     Name("adapter", "`lora=True`"),
     Name("lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora", "`lora`", _LORA),
     Name("lora_model_dir", "`model`", "In Python, the PEFT model: `peft.PeftModel.from_pretrained` loads it."),
@@ -130,5 +134,6 @@ AXOLOTL = (
     Name("loraplus_lr_ratio", "`optimizer_groups`", 'For example, `{"lora_B": {"lr": 1e-3}}`.'),
     Name("dataset_prepared_path dataset_processes shuffle_merged_datasets", "",
          "Not offered. Prepare the rows with `datasets` before training."),
-    Name("rl", "", "Not offered. ftaccum trains on rows with a loss; it has no losses over preferences or rewards."),
+    Name("rl", "",
+         "Not offered. `recipes/preference.py` trains with DPO; ftaccum has no loops that generate their own rows."),
 )  # fmt: skip
