@@ -582,6 +582,14 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         ExactAccumulation(**{"model": nn.Linear(4, 3), **arguments})
 
 
+def test_an_accelerator_that_does_not_see_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fresh_accelerate_state():
+        accelerator = Accelerator(cpu=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SettingsError, match=r"sees 1 of 2 processes.*Accelerator\(cpu=True\)"):
+            ExactAccumulation(nn.Linear(4, 3), accelerator)
+
+
 def test_all_bad_arguments_are_named_at_once() -> None:
     with pytest.raises(SettingsError, match=r"(?s)reduction.*on_inexact.*model"):
         ExactAccumulation(None, reduction="max", on_inexact="no")  # type: ignore[arg-type]

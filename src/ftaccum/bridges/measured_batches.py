@@ -14,7 +14,7 @@ from ..data.column_fills import columns_of, is_along
 from ..data.probe_rows import unlike_places
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter, rows_of, targets_of
-from ..objective.own_rules import tensors_of
+from ..objective.own_rules import columns_by_name
 from ..objective.sample import Groups, RowGroup, Sample
 from ..runtime.process_group import ProcessGroup
 
@@ -188,7 +188,7 @@ def _rare(rows: Sequence[CollatedRow]) -> list[CollatedRow]:
 
 def _whole_numbers(row: Batch) -> set[tuple[str, int]]:
     """Return the values of a row in columns of one whole number per row, each with its column."""
-    columns = tensors_of(row).items()
+    columns = columns_by_name(row).items()
     return {(name, int(c)) for name, c in columns if c.numel() == 1 and c.ndim == 1 and not c.is_floating_point()}
 
 

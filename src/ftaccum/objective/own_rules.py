@@ -163,8 +163,8 @@ class ValueWeights:
 
 
 def column_of(batch: Batch, name: str) -> Tensor:
-    """Return a column of a batch by name, as `tensors_of` names it."""
-    return tensors_of(batch)[name]
+    """Return a column of a batch by name, as `columns_by_name` names it."""
+    return columns_by_name(batch)[name]
 
 
 def items_of(batch: Batch, ignore_index: int) -> list[Items]:
@@ -173,7 +173,7 @@ def items_of(batch: Batch, ignore_index: int) -> list[Items]:
     These are the labels, columns with a number per row or per label, columns of 0 and 1 and, if there are no labels,
     columns with several numbers per row.
     """
-    targets, tensors = targets_of(batch), tensors_of(batch)
+    targets, tensors = targets_of(batch), columns_by_name(batch)
     if not tensors:
         return []
     can_shift = targets is not None and targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
@@ -223,7 +223,7 @@ def values_in(items: Items, batches: Sequence[Batch]) -> Tensor:
     return torch.cat([items.values(batch).cpu().double() for batch in batches])
 
 
-def tensors_of(batch: Batch) -> dict[Any, Tensor]:
+def columns_by_name(batch: Batch) -> dict[Any, Tensor]:
     """Return the columns of a batch by name. The targets of a pair have the names of `named_targets`."""
     given = batch if isinstance(batch, Mapping) else named_targets(batch[1])
     return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim}
