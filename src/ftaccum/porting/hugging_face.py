@@ -7,12 +7,7 @@ _UPLOADED = "Not offered. The folder `model` in `output_dir` is uploaded once, a
 _TRACKER = "Give an Accelerate tracker that has this setting."
 _OPTIMIZER = "Give one with this setting, such as `lambda groups: torch.optim.AdamW(groups, eps=1e-6)`."
 _WORKERS = "Not offered. Workers live as long as the run, and read ahead by themselves."
-_PREFERENCES = "Not offered. `recipes/preference.py` trains with DPO, and `ftaccum.exact` makes TRL's DPOTrainer exact."
-_REWARDS = "Not offered. ftaccum has no loops that generate their own rows."
-ANSWERS = (
-    "Not needed. `ftaccum train --task chat`, in Python `ftaccum.load_task`, learns only the answers. "
-    "Rows of tokens need `labels` of -100 where no loss counts."
-)
+_PREFERENCES = "Not offered. `recipes/preference.py` has a `loss_fn` over preferences; there is none over rewards."
 _COMPILE = "It compiles with torch's default backend and mode."
 _COLLATED = "Not needed. Evaluation collects the predictions of all processes, row by row."
 
@@ -129,10 +124,11 @@ TRL = (
          "Not offered. Prepare the rows with `datasets.Dataset.map`."),
     Name("eos_token", "`add_eos_token`", "The token itself is `tokenizer.eos_token`."),
     Name("pad_token", "", "Not offered. Set `tokenizer.pad_token`."),
-    Name("chat_template_path", "`chat_template`", "For the task `chat`; in Python, `ftaccum.load_task` takes it."),
-    Name("completion_only_loss assistant_only_loss train_on_inputs", "", ANSWERS),
+    Name("chat_template_path", "`chat_template`", "In Python, `ftaccum.load_task` takes it."),
+    Name("completion_only_loss assistant_only_loss", '`task="chat"`',
+         "It trains on answers only. In Python, `ftaccum.load_task` takes it, or give `labels` of -100 elsewhere."),
     Name("packing packing_strategy eval_packing", "`padding_free=True`",
-         "Rows are concatenated without padding, and do not see each other. The task `causal-lm` has `packing`, too."),
+         "Rows are concatenated without padding, and do not see each other."),
     Name("pad_to_multiple_of", "", "Not offered. A `data_collator` can pad to any width."),
     Name("shuffle_dataset", "", "Not needed. Rows are drawn in a new random order in each epoch."),
     Name("peft_config", "`lora`", "True, a dict of arguments of `peft.LoraConfig`, or a PEFT configuration."),
@@ -141,6 +137,5 @@ TRL = (
     Name("loss_type", "`loss_fn`"),
     Name("beta ref_model reference_free precompute_ref_log_probs", "", _PREFERENCES),
     Name("ref_model_init_kwargs max_prompt_length max_completion_length truncation_mode", "", _PREFERENCES),
-    Name("sync_ref_model rpo_alpha ld_alpha", "", _PREFERENCES),
-    Name("reward_funcs reward_model num_generations", "", _REWARDS),
+    Name("sync_ref_model rpo_alpha ld_alpha reward_funcs reward_model num_generations", "", _PREFERENCES),
 )  # fmt: skip
