@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import DataError
+from ..objective.own_rules import named_targets
 from .dataset import Rows
 from .row import Row, length_of
 
@@ -189,7 +190,7 @@ class SearchedRows:
             return NumberColumn.of_table(self.table, name)
         are_mappings = isinstance(self.fetched[0], Mapping)
         return NumberColumn.of_values(
-            [row.get(name) for row in self.fetched] if are_mappings else [y for _, y in self.fetched]
+            [row.get(name) for row in (self.fetched if are_mappings else (named_targets(y) for _, y in self.fetched))]
         )
 
 

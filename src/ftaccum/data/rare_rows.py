@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..objective.model_forward import is_label
-from ..objective.own_rules import TARGETS
+from ..objective.own_rules import TARGETS, named_targets
 from ..objective.prefixed import is_tokens_column
 from .dataset import Rows
 from .number_columns import NumberColumn, SearchedRows, Values, numbers_of, readable_rows
@@ -182,7 +182,7 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, bool | None]]:
     """
     row = rows[0]
     if not isinstance(row, Mapping):
-        return ([TARGETS] if _are_numbers(numbers_of(row[1])) else []), {}
+        return [name for name, each in named_targets(row[1]).items() if _are_numbers(numbers_of(each))], {}
     arrays: dict[str, list[np.ndarray]] = {}
     for name in row:
         found = [numbers_of(each.get(name)) for each in rows]

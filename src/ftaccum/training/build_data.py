@@ -166,8 +166,12 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
             "Give it the same columns as `train_data`."
         )
     if components.compute_metrics is not None and not has_labels(components.compute_metrics, components.model, val):
+        columns = f", only {', '.join(map(repr, val))}" if isinstance(val, Mapping) else ""
         raise SettingsError(
-            ["`compute_metrics` compares with `labels`, but the validation rows have none. Add labels or leave it out."]
+            [
+                f"`compute_metrics` compares with `labels`, but the validation rows have none{columns}. Name the "
+                "column to compare with `labels`, or leave `compute_metrics` out."
+            ]
         )
 
 

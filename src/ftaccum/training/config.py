@@ -13,7 +13,7 @@ from ..arguments import parse_settings
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
 from ..data.rare_rows import LabelKind
-from ..errors import refuse, shown
+from ..errors import fault_of_class, refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
@@ -160,6 +160,8 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     else:
         faults += faults_of_adapters(components.model, components.lora, runtime.save)
+    if isinstance(components.tokenizer, str):
+        faults.append(f"`tokenizer` is the name {components.tokenizer!r}. Load it: `AutoTokenizer.from_pretrained`.")
     for name in ("data_collator", "loss_fn", "loss_inputs", "count_items"):
         part = getattr(components, name)
         if part is not None and not callable(part):
@@ -173,6 +175,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
         *_faults_of_generation(components),
         fault_of_callbacks(components.callbacks),
+        fault_of_class("loss_fn", components.loss_fn),
         *faults_of_optimizer(recipe, components.optimizer),
         *faults_of_lr_scheduler(recipe),
     )
