@@ -72,8 +72,7 @@ def _of_process(rank: int, rows: Sequence[CollatedRow]) -> list[CollatedRow]:
 
 
 def _chosen_rows(batches: Sequence[Batch], item_counter: ItemCounter) -> tuple[list[CollatedRow], list[CollatedRow]]:
-    """Return up to four unlike rows with labels that count, and rows
-    that cover the values of columns with few values.
+    """Return up to four unlike rows with labels that count, and rows with rare values.
 
     Raises:
         DataError: if the batches cannot be split into rows.
