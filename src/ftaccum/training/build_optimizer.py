@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sharded import ShardedGradients
-from ..runtime.optimizers import switches_weights, training_weights
+from ..runtime.optimizers import parameters_of, switches_weights, training_weights
 from ..runtime.tensor_collectives import copy_from_main
 from .base_run import Run
 from .closure import check_step
@@ -75,4 +75,5 @@ class OptimizedRun(Run):
         super()._prepare_model(stack)
         if self._loss_module is not None:
             self._loss_module.to(self.accelerator.device)
-            copy_from_main(self._loss_module, self.process_group)
+        known = set(self.model.parameters())
+        copy_from_main([p for p in parameters_of(self.optimizer) if p not in known], self.process_group)
