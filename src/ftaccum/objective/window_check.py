@@ -12,6 +12,7 @@ from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers
+from ..runtime.written_weights import WrittenWeights
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
@@ -20,6 +21,7 @@ from .gradient_check import GradientDifference
 from .hidden_state import find_hidden_state
 from .item_counts import Batch, rows_of
 from .loss_memory import LossMemory
+from .moving_weights import find_moving_weights
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
@@ -108,9 +110,11 @@ class _Check:
         together = read(self.sample.together)
         padding = self._padding_difference(read, together, tolerance)
         names = list(scalars_of(self.forward.window_loss.loss(together)))
-        hidden = find_hidden_state(
-            self.model, self.forward.modules, lambda: _norms(read(self.sample.together)), tolerance
-        )
+        modules, run = self.forward.modules, lambda: _norms(read(self.sample.together))
+        written = WrittenWeights(self.model, *modules)
+        hidden = find_hidden_state(self.model, modules, run, tolerance)
+        if not hidden.off:
+            hidden = find_moving_weights(self.model, modules, run, written.found())
         self._check_gradient(prepared)
         in_training, gradient = self._in_training(read, names, prepared, tolerance)
         loss = {term: mean.item() for term, mean in scalars_of(self.forward.window_loss.loss(together)).items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .module_attributes import GENERATORS, OF_SHARDING
 from .state_parts import SCALARS, Items, Values
@@ -31,10 +32,10 @@ _Part = Items | Values
 
 
 class WatchedState:
-    """Finds out whether the state of a loss has changed, other than its weights and the buffers of the model.
+    """Finds out whether the state of a loss has changed, other than trained weights and the statistics of norms.
 
-    The state is what functions, modules and other objects refer to: plain attributes, buffers and submodules, values of
-    closures and defaults, and globals that a function names.
+    The state is what functions, modules and other objects refer to: plain attributes, buffers, frozen weights and
+    submodules, values of closures and defaults, and globals that a function names.
 
     Tensors of up to 4,096 numbers in the host's memory are compared by value, others by their version: to read them
     would wait for the device. Writes to `.data` do not change the version.
@@ -111,10 +112,18 @@ class _Walk:
         for name, value in attributes.items():
             if name not in _OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
                 yield from self._value(value, f"{place}.{name}", _DEPTH - 1, of_loss=of_loss)
-        if of_loss:
+        if not isinstance(module, _NormBase):  # whose statistics each pass moves
             yield Items(place, ".{}", lambda: attributes["_buffers"])
-            for name, value in attributes["_buffers"].items():
-                yield from self._value(value, f"{place}.{name}", 1)
+            frozen = {
+                name: p
+                for name, p in attributes["_parameters"].items()
+                if type(p) is nn.Parameter and not p.requires_grad
+            }
+            for name, value in (attributes["_buffers"] | frozen).items():
+                if value is not None and id(value) not in self._known and f"{place}.{name}" not in self._counters:
+                    self._known[id(value)] = value
+                    yield Values(f"{place}.{name}", value)
+        if of_loss:
             yield from self._value(type(module).forward, f"{place}.forward", _DEPTH - 1)
 
     def _value(self, value: Any, place: str, depth: int, *, of_loss: bool = True) -> Iterator[_Part]:
