@@ -63,7 +63,7 @@ class GradientAccumulator:
         self._strategy, self._process_group = strategy, process_group
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._large_layers = InPlaceGradients(model)
-        self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
+        self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters, on_one=process_group.is_single)
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
         self.after_pass: Callable[[], None] = lambda: None
         self.before_backward: Callable[[Tensor], None] = lambda _: None
