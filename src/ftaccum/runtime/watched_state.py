@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .module_attributes import GENERATORS, OF_SHARDING
+from .gradient_hooks import n_hooks
+from .module_attributes import ALL_HOOKS, GENERATORS, OF_SHARDING
 from .state_parts import SCALARS, Items, Values
 
 _DEPTH = 4  # levels of containers, objects and functions to look into
@@ -34,8 +35,8 @@ _Part = Items | Values
 class WatchedState:
     """Finds out whether the state of a loss has changed, other than trained weights and the statistics of norms.
 
-    The state is what functions, modules and other objects refer to: plain attributes, buffers, frozen weights and
-    submodules, values of closures and defaults, and globals that a function names.
+    The state is what functions, modules and other objects refer to: plain attributes, buffers, frozen weights,
+    submodules and the number of hooks, values of closures and defaults, and globals that a function names.
 
     Tensors of up to 4,096 numbers in the host's memory are compared by value, others by their version: to read them
     would wait for the device. Writes to `.data` do not change the version.
@@ -98,6 +99,7 @@ class _Walk:
 
     def parts(self, roots: Roots) -> Iterator[_Part]:
         yield Items("", "{}", roots)
+        yield Items("", "the hooks of {}", _reader_of_hooks(self._model))
         for name, module in self._model.named_modules():
             self._known[id(module)] = module
             yield from self._module(module, f"model.{name}" if name else "model", of_loss=False)
@@ -174,6 +176,18 @@ class _Walk:
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _reader_of_hooks(model: nn.Module) -> Callable[[], dict[str, int]]:
+    """Return a function that returns the number of hooks of each module and each parameter."""
+    modules = [(f"model.{name}" if name else "model", vars(module)) for name, module in model.named_modules()]
+    weights = [(f"model.{name}", p) for name, p in model.named_parameters()]
+
+    def read() -> dict[str, int]:
+        found = {name: sum(len(attributes[kind]) for kind in ALL_HOOKS) for name, attributes in modules}
+        return found | {name: n_hooks(p) for name, p in weights}
+
+    return read
 
 
 def _is_of_library(owner: Any) -> bool:
