@@ -45,12 +45,6 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
     return total
 
 
-def copy_from_main(tensors: Iterable[Tensor], process_group: ProcessGroup) -> None:
-    """Copy the main process's values of tensors to all processes, which call this together."""
-    if not process_group.is_single:
-        broadcast_tensors(tensors)
-
-
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Copy process 0's values of tensors to all others. Several processes call this together."""
     for tensor in tensors:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .gradient_hooks import n_hooks
-from .module_attributes import ALL_HOOKS, GENERATORS, OF_SHARDING
+from .module_attributes import ALL_HOOKS, GENERATORS, OF_EVERY_MODULE, OF_SHARDING
 from .state_parts import SCALARS, Items, Values
 
 _DEPTH = 4  # levels of containers, objects and functions to look into
@@ -112,7 +112,7 @@ class _Walk:
         if attributes["_modules"]:
             yield Items(place, ".{}", lambda: attributes["_modules"])
         for name, value in attributes.items():
-            if name not in _OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
+            if name not in OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
                 yield from self._value(value, f"{place}.{name}", _DEPTH - 1, of_loss=of_loss)
         if not isinstance(module, _NormBase):  # whose statistics each pass moves
             yield Items(place, ".{}", lambda: attributes["_buffers"])
@@ -173,9 +173,6 @@ class _Walk:
         if of_loss and isinstance(call, FunctionType):
             return lambda: {**attributes, "__call__": call}
         return lambda: attributes
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _reader_of_hooks(model: nn.Module) -> Callable[[], dict[str, int]]:

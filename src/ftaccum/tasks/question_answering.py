@@ -66,7 +66,7 @@ class QuestionAnswering(Task):
             self._right = [each.texts for each in answers]
             texts = texts.add_column("start", [each.start for each in answers])
             texts = texts.add_column("end", [each.end for each in answers])
-        self._windows = encode_table(texts, self._encoder, f"Tokenising {argument}", options.num_proc or 1, argument)
+        self._windows = encode_table(texts, self._encoder, options.n_processes, argument)
         n_split = len(self._windows) - len(rows)
         if n_split:
             logger.info(
@@ -88,7 +88,7 @@ class QuestionAnswering(Task):
 
     def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
         texts = rows.select_columns(["question", "context"])
-        windows = encode_table(texts, self._encoder, "Tokenising data", 1, "data")
+        windows = encode_table(texts, self._encoder, 1, "data")
         best = best_answers(predictions, windows)
         return {
             "prediction": [best[n].text(context) for n, context in enumerate(rows["context"])],

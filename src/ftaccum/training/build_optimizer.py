@@ -10,7 +10,7 @@ from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sharded import ShardedGradients
 from ..runtime.optimizers import parameters_of, switches_weights, training_weights
-from ..runtime.tensor_collectives import copy_from_main
+from ..runtime.tensor_collectives import broadcast_tensors
 from .base_run import Run
 from .closure import check_step
 from .config import RunConfig
@@ -76,4 +76,5 @@ class OptimizedRun(Run):
         if self._loss_module is not None:
             self._loss_module.to(self.accelerator.device)
         known = set(self.model.parameters())
-        copy_from_main([p for p in parameters_of(self.optimizer) if p not in known], self.process_group)
+        if not self.process_group.is_single:
+            broadcast_tensors(p for p in parameters_of(self.optimizer) if p not in known)
