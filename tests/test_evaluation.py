@@ -192,3 +192,30 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
     assert "OwnError('broken') (Process 1 raised this" in failed
     (odd,) = set(found["shape"])
     assert odd.startswith("SettingsError: The result of `preprocess_logits_for_metrics` must have the rows")
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "said"),
+    [
+        (torch.zeros(2, 1), torch.tensor([[0.0], [2.5]]), r"\(Accuracy\) compares classes.*such as 2\.5"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), r"the logits have the shape \(\d, 3, 4\)"),
+    ],
+    ids=["numbers", "classes not last"],
+)
+def test_labels_that_a_module_cannot_compare_with_classes_are_refused(logits: Any, labels: Any, said: str) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, rows_B: torch.Tensor) -> torch.Tensor:
+            return logits[:1].expand(len(rows_B), *logits.shape[1:]) + self.weight
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs.flatten(1).sum(1).mean() + 0 * targets.sum()
+
+    rows = [(torch.zeros(()), each) for each in labels] * 2
+    with pytest.raises(SettingsError, match=said):
+        test_fine_tuning(
+            Fixed(), train_data=rows, val_data=rows, loss_fn=loss, compute_metrics=Accuracy(), progress=False
+        )

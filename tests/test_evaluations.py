@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from ftaccum import SettingsError, test_fine_tuning
 from ftaccum.checkpoint.manager import CheckpointManager
@@ -240,3 +240,83 @@ def test_a_metric_that_is_unknown_costs_nothing_of_an_earlier_run(tmp_path: Path
 @pytest.mark.slow
 def test_the_smallest_share_of_an_epoch_evaluates_after_each_update() -> None:
     assert fine_tuned(evaluate_every=1e-12, max_updates=3).result.evaluation_updates == [1, 2, 3]
+
+
+class Noisy(torch.nn.Module):
+    """A layer with dropout, whose outputs are also random in an evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.nn.functional.dropout(x_BD, 0.5))
+
+
+def points(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(3, generator=draw), torch.randint(2, (), generator=draw)) for _ in range(n)]
+
+
+def trained_on_points(model: torch.nn.Module, loss_fn: Any = None, **options: Any) -> Any:
+    given = {"n_epochs": 1, "progress": False, "audit": False, "loss_fn": loss_fn or torch.nn.CrossEntropyLoss()}
+    return test_fine_tuning(model, train_data=points(12), val_data=points(20)[12:], **given | options)
+
+
+def test_models_and_metrics_that_draw_random_numbers_do_not_change_the_training() -> None:
+    def drawing(_: EvalPrediction) -> dict[str, float]:
+        return {"drawn": torch.rand(()).item() + np.random.rand()}
+
+    rare, often = Noisy(), Noisy()
+    trained_on_points(rare)
+    result = trained_on_points(often, evaluate_every=1, compute_metrics=drawing)
+    assert torch.equal(rare.layer.weight, often.layer.weight)
+    assert len({metrics["drawn"] for metrics in result.metrics}) == 1
+
+
+def test_a_metric_that_later_evaluations_lack_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = iter([{"accuracy": 0.5}, {"accuracy": 0.6}, {}, {"accuracy": 0.1}])
+    options = {"evaluate_every": 1, "metric_for_best": "accuracy", "verbosity": "quiet"}
+    result = trained_on_points(Noisy(), compute_metrics=lambda _: next(metrics), **options)
+    assert result.best_update == 1
+    assert "returned no 'accuracy' after update 2, so this evaluation cannot be the best" in capsys.readouterr().err
+
+
+class Scaled(torch.nn.Module):
+    """A loss with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.scale * logits_BC, labels_B)
+
+
+def test_the_weights_of_a_loss_are_restored_with_those_of_the_model() -> None:
+    torch.manual_seed(0)
+    model, loss_fn = torch.nn.Linear(3, 2), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_fn.parameters()], lr=5.0)
+    options = {"optimizer": optimizer, "restore_best_weights": True, "lr_scheduler": "constant", "n_epochs": 3}
+    result = trained_on_points(model, loss_fn, **options)
+    inputs, labels = (torch.stack(column) for column in zip(*points(20)[12:], strict=True))
+    assert result.best_val_loss is not None
+    assert result.best_val_loss < result.final_loss
+    assert loss_fn(model(inputs), labels).item() == pytest.approx(result.best_val_loss, rel=1e-6)
+
+
+def test_a_metric_named_as_the_validation_loss_does_not_take_its_place() -> None:
+    seen: list[dict[str, float]] = []
+
+    class Seer(TrainerCallback):
+        def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+            seen.append(metrics)
+
+    metrics = {"loss": 7.0, "eval_loss": 8.0, "val_loss": 9.0, 0: 0.5}
+    result = trained_on_points(Noisy(), compute_metrics=lambda _: metrics, callbacks=[Seer()])
+    assert seen[-1]["eval_loss"] == result.final_loss
+    assert seen[-1]["eval_metric_loss"] == 7.0
+    frame = result.to_frame("evaluations")
+    assert (frame["val_loss"].item(), frame["metric_val_loss"].item()) == (result.final_loss, 9.0)
+    assert result.metrics[-1]["0"] == 0.5  # a whole number as a name

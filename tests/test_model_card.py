@@ -26,6 +26,7 @@ from transformers.models.auto import modeling_auto
 import ftaccum
 from ftaccum import InexactLossError, Result, test_fine_tuning
 from ftaccum.apps.cli import main
+from ftaccum.callbacks import ExponentialMovingAverage
 from ftaccum.insight.model_card import is_unchanged_card
 from ftaccum.insight.page import page
 from ftaccum.insight.run_metadata import Named, RunMetadata, named_model, public_name
@@ -127,8 +128,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
 def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, shown in ((400.0, "at least 400 rows"), (math.nan, None)):
 
-        def measured(*given: Any, rows: float = rows) -> RunMetadata:
-            metadata = gather_metadata(*given)
+        def measured(*given: Any, rows: float = rows, **more: Any) -> RunMetadata:
+            metadata = gather_metadata(*given, **more)
             assert metadata is not None
             found = {"signal_share_lower": 0 * rows, "noise_rows_lower": rows}
             found |= {"noise_rows": math.nan, "noise_rows_upper": math.inf}
@@ -152,6 +153,17 @@ def test_the_results_on_the_card_are_those_of_the_saved_weights(tmp_path: Path) 
     assert (
         f"best evaluation by validation loss, after update {result.restored_update}." in card(tmp_path / "model").text
     )
+
+
+@pytest.mark.parametrize(
+    "average", [ExponentialMovingAverage(0.5, evaluates=False), ExponentialMovingAverage(0.5, saves=False)]
+)
+def test_the_card_shows_no_results_of_other_weights_than_those_saved(
+    average: ExponentialMovingAverage, tmp_path: Path
+) -> None:
+    run(tmp_path, val_data=CLASSIFIER.rows(5), max_updates=2, learning_rate=0.3, audit=False, callbacks=[average])
+    assert not card(tmp_path / "model").data.eval_results
+    assert "The saved weights are not those of an evaluation" in card(tmp_path / "model").text
 
 
 def test_the_code_loads_a_model_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import re
 import resource
@@ -216,6 +217,15 @@ def test_a_newer_result_is_read_and_an_incomplete_one_is_an_error(tmp_path: Path
 @pytest.fixture(scope="module")
 def kept() -> Result:
     return run(None, CLASSIFIER.model().float())
+
+
+def test_metrics_and_audits_that_are_not_numbers_are_read_as_nan(tmp_path: Path, kept: Result) -> None:
+    audit = {"audit": 1, "error": math.nan, "reference": "one batch", "tolerance": 1e-6}
+    replace(kept, initial_metrics={"pearson": math.nan}, audits=[audit]).save(tmp_path / "result.json")
+    read = Result.load(tmp_path / "result.json")
+    assert math.isnan(read.initial_metrics["pearson"])
+    assert math.isnan(read.audits[0]["error"])
+    assert read.audits[0]["reference"] == "one batch"
 
 
 def test_the_model_of_a_result_is_the_trained_one_and_not_one_of_its_numbers(tmp_path: Path, kept: Result) -> None:

@@ -1,9 +1,11 @@
 """Interrupted runs that resume end as if they had never stopped, bit for bit."""
 
+import functools
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
 from ftaccum.arguments import parse_settings
+from ftaccum.checkpoint.compatibility import check, config_identity, function_options
 from ftaccum.checkpoint.manifest import seal
 from ftaccum.planning.shuffle import hold_out, order_of
 from heads import relative_error
@@ -656,3 +659,54 @@ def test_restarting_a_diverged_run_does_not_take_it_past_the_failure(tmp_path: P
         fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
     ended = fine_tuned(on_nonfinite="error", **common, resume="auto", learning_rate=5e-4, allow_changed="learning_rate")
     assert ended.result.skipped_steps == 1
+
+
+@dataclass
+class Masking:
+    """A collator with options."""
+
+    share: float = 0.15
+    rows: Any = None
+
+
+def test_options_of_functions_and_decimals_of_the_config_are_compared() -> None:
+    def parts(gamma: float, share: float, dropout: float) -> dict[str, Any]:
+        trained: Any = model()
+        trained.config.hidden_dropout_prob = dropout
+        loss_fn = functools.partial(nn.functional.cross_entropy, label_smoothing=gamma)
+        found = {"loss_fn": function_options(loss_fn), "data_collator": function_options(Masking(share, object()))}
+        found["model_config"] = config_identity(trained)
+        return {f"{whole}.{name}": value for whole, each in found.items() for name, value in each.items()}
+
+    was, allowed = parts(0.1, 0.15, 0.1), ["loss_fn", "data_collator", "model_config"]
+    assert check(was, parts(0.1, 0.15, 0.1), [], Path()) == set()
+    assert check(was, parts(0.2, 0.3, 0.0), allowed, Path()) == {*allowed}
+    with pytest.raises(CheckpointError) as refused:
+        check(was, parts(0.2, 0.3, 0.0), [], Path())
+    for shown in (
+        "allow_changed=['data_collator', 'loss_fn', 'model_config']",
+        "`loss_fn.label_smoothing` was 0.1, but is 0.2 now",
+        "`data_collator.share` was 0.15, but is 0.3 now",
+        "`model_config.hidden_dropout_prob` was 0.1, but is 0.0 now",
+    ):
+        assert shown in str(refused.value)
+
+
+class Unfreezes(TrainerCallback):
+    """Unfreezes all weights in the second epoch."""
+
+    def on_epoch_begin(self, _: Any, state: Any, __: Any, model: Any, **___: Any) -> None:
+        model.requires_grad_(state.epoch >= 1)
+        model.classifier.requires_grad_(True)
+
+
+@pytest.mark.slow
+def test_weights_that_a_callback_has_unfrozen_are_trained_after_a_resumption(tmp_path: Path) -> None:
+    def run(**more: Any) -> Any:
+        trained = model()
+        trained.bert.requires_grad_(False)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+        return fine_tuned(trained, optimizer=optimizer, callbacks=[Unfreezes()], **more)
+
+    whole = run(output_dir=str(tmp_path), checkpoint_every=5, keep_checkpoints=9)
+    assert whole.differences(run(resume=str(tmp_path / "checkpoints" / "update-00000010"))) == []

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -16,10 +18,12 @@ import ftaccum
 from ftaccum import SettingsError, load_task
 from ftaccum.apps.cli import main
 from ftaccum.apps.prediction_file import write_predictions
+from ftaccum.apps.trained_options import EvaluationOutput, EvaluationRecipe, EvaluationRuntime, checked
 from ftaccum.tasks.arguments import NamedArguments, TrainedArguments
 from ftaccum.tasks.columns import describe_columns, named_columns
 from ftaccum.tasks.task_of_model import find_task
 from ftaccum.tasks.trained import load_trained
+from ftaccum.training.evaluate_rows import Evaluated
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, save_encoder, save_rows
 
@@ -61,12 +65,24 @@ def test_the_settings_of_a_run_on_which_its_validation_loss_depends_are_those_of
     run: Path, tmp_path: Path
 ) -> None:
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"effective_batch_size": 5}))
+    recipe = record["recipe"] | {"add_eos_token": False}
+    (run / "run.json").write_text(json.dumps(record | {"effective_batch_size": 5, "recipe": recipe}))
     given = TrainedArguments(data=save_rows(tmp_path / "test.jsonl", ROWS))
     read = dict.fromkeys(("text_columns", "max_length", "add_eos_token"))
     settings = load_trained(str(run), given, read, needs_targets=True).settings
     (run / "run.json").write_text(json.dumps(record))
     assert (settings["effective_batch_size"], settings["router_balance"]) == (5, "window")
+    assert settings["add_eos_token"] is False
+    _, options = checked(given, EvaluationOutput(), EvaluationRecipe(), EvaluationRuntime())
+    assert options["add_eos_token"] is None
+
+
+def test_metrics_that_are_not_numbers_are_null_in_json(run: Path, tmp_path: Path) -> None:
+    found, file = Evaluated(2, math.inf, {"pearson": math.nan}), tmp_path / "found.json"
+    with patch("ftaccum.training.evaluate_rows.evaluate_rows", return_value=found):
+        main(["eval", str(run), "--data", save_rows(tmp_path / "test.jsonl", ROWS), "--json", str(file)])
+    assert json.loads(file.read_text()) == {"n_rows": 2, "loss": None, "metrics": {"pearson": None}}
+    assert "NaN" not in file.read_text()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

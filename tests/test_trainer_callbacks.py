@@ -16,6 +16,8 @@ from transformers.trainer_callback import ExportableState
 
 from ftaccum import CallbackError, SettingsError, test_fine_tuning
 from ftaccum.callbacks import ExponentialMovingAverage, GenerateSamples, OptunaPruning
+from ftaccum.runtime.log import run_logging
+from ftaccum.training.callback_states import restore_states
 from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model
 from silent_errors.text_columns import REVIEWS, causal_lm, word_tokenizer
 from slow_parameters import some_slow
@@ -524,3 +526,31 @@ def test_the_rate_that_a_callback_sets_is_recorded() -> None:
     usual = fine_tuned(max_updates=3, warmup_steps=0).result
     halved = fine_tuned(max_updates=3, warmup_steps=0, callbacks=[Halves()]).result
     assert halved.lr_history == pytest.approx([0.5 * rate for rate in usual.lr_history])
+
+
+def test_an_average_begins_with_weights_when_they_are_unfrozen() -> None:
+    average, trained = ExponentialMovingAverage(0.5), nn.Linear(2, 2)
+    trained.bias.requires_grad_(False)
+    given: tuple[Any, Any, Any] = (None, None, None)
+    average.on_train_begin(*given, model=trained)
+    trained.bias.requires_grad_(True)
+    average.on_optimizer_step(*given, model=trained)
+    bias = trained.bias.detach().clone()
+    with torch.no_grad():
+        trained.bias += 1.0
+    average.on_optimizer_step(*given, model=trained)
+    with average.evaluation_weights(trained):
+        torch.testing.assert_close(trained.bias.detach(), bias + 0.5)
+    torch.testing.assert_close(trained.bias.detach(), bias + 1.0)
+
+
+def test_callbacks_that_a_resumed_run_adds_or_lacks_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = {"ExponentialMovingAverage": {"state_dict": ExponentialMovingAverage(0.9).state_dict()}}
+    with run_logging(enabled=True, verbosity="quiet"):
+        restore_states([], saved)
+        restore_states([ExponentialMovingAverage(0.9)], {})
+        restore_states([ExponentialMovingAverage(0.5)], saved)
+    told = capsys.readouterr().err
+    assert "a state of the callback ExponentialMovingAverage, but `callbacks` has no such one now" in told
+    assert "no state of the callback ExponentialMovingAverage, which begins with a fresh one" in told
+    assert "weights is 0.5. Before the run resumed, it was 0.9." in told

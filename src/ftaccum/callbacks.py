@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import SettingsError
+from .runtime.log import logger
 from .runtime.progress_bar import print_above_bars
 from .runtime.state_guards import preserve_rng, seed_all, training_mode
 
@@ -56,8 +57,7 @@ class ExponentialMovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         for name, p in _trainable(model):
-            wide = torch.promote_types(p.dtype, torch.float32)  # small changes would be lost in 16 bits
-            self._average[name] = p.detach().to(wide, copy=True)
+            self._average[name] = _wide(p)
             saved = self._restored.get(name)
             if saved is not None and saved.shape == p.shape:  # not if the model has changed
                 self._average[name].copy_(saved)
@@ -68,7 +68,10 @@ class ExponentialMovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         for name, p in _trainable(model):
-            self._average[name].lerp_(p.to(self._average[name].dtype), 1 - self.decay)
+            if name in self._average:
+                self._average[name].lerp_(p.to(self._average[name].dtype), 1 - self.decay)
+            else:  # another callback has unfrozen it
+                self._average[name] = _wide(p)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
@@ -84,7 +87,7 @@ class ExponentialMovingAverage(TrainerCallback):
         if not (self.evaluates and self._average):
             yield
             return
-        trained = {name: p.detach().clone() for name, p in _trainable(model)}
+        trained = {name: p.detach().clone() for name, p in model.named_parameters() if name in self._average}
         _load(model, self._average)
         try:
             yield
@@ -92,10 +95,14 @@ class ExponentialMovingAverage(TrainerCallback):
             _load(model, trained)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average}
+        return {"average": self._average, "decay": self.decay}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._restored = state["average"]
+        if (before := state.get("decay", self.decay)) != self.decay:  # older checkpoints lack it
+            logger.warning(
+                f"The decay of the average of weights is {self.decay}. Before the run resumed, it was {before}."
+            )
 
 
 class GenerateSamples(TrainerCallback):
@@ -208,14 +215,20 @@ class OptunaPruning(TrainerCallback):
             )
 
 
+def _wide(p: Tensor) -> Tensor:
+    """Return a copy in at least float32: small changes would be lost in 16 bits."""
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+
+
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for name, p in _trainable(model):
-        p.copy_(weights[name])
+    for name, p in model.named_parameters():
+        if name in weights:
+            p.copy_(weights[name])
 
 
 def _read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:

@@ -68,13 +68,21 @@ def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> 
     return select_fields(name, kind, names_where(kind, wanted))
 
 
-def select_fields(name: str, kind: type, names: Collection[str]) -> type:
-    """Return a dataclass with some fields of `kind`. It keeps their declarations."""
+def select_fields(name: str, kind: type, names: Collection[str], optional: Collection[str] = ()) -> type:
+    """Return a dataclass with some fields of `kind`. It keeps their declarations.
+
+    Args:
+        optional: names of fields that may be None, and are by default.
+    """
     hints = get_type_hints(kind, include_extras=True)
     chosen = [
         (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
         for f in fields(kind)
         if f.name in names
+    ] + [
+        (f.name, hints[f.name] | None, field(default=None, metadata=f.metadata))
+        for f in fields(kind)
+        if f.name in optional
     ]
     return make_dataclass(name, chosen, frozen=True, kw_only=True)
 

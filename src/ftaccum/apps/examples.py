@@ -26,6 +26,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "train_data_weights": "0.7,0.3",
     "max_rows": "1000",
     "text_columns": "premise,hypothesis",
+    "add_eos_token": "false",
     "max_length": "512",
     "max_new_tokens": "256",
     "doc_stride": "128",

@@ -13,7 +13,7 @@ from ..tasks.arguments import TrainedArguments
 
 _output = partial(setting, group="output")
 
-EvaluationRecipe = select_fields("EvaluationRecipe", Recipe, ("text_columns", "add_eos_token", "max_length"))
+EvaluationRecipe = select_fields("EvaluationRecipe", Recipe, ("text_columns", "max_length"), ("add_eos_token",))
 EvaluationRuntime = select_fields(
     "EvaluationRuntime",
     Runtime,
@@ -52,7 +52,8 @@ def checked(named: Any, output: Any, recipe: Any, runtime: Any) -> tuple[Trained
             if getattr(runtime, name) == "auto"
         ]
     )
-    parsed_recipe, parsed_runtime = parse_settings(settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    parsed_recipe, parsed_runtime = parse_settings(given)
     refuse(find_faults(named) + find_faults(output))
     parsed = vars(parsed_recipe) | vars(parsed_runtime)
-    return named, {name: parsed[name] for name in settings}
+    return named, {name: parsed[name] if name in given else None for name in settings}

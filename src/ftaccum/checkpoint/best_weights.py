@@ -1,5 +1,7 @@
 """The weights of the best evaluation, and the tensors of a model that checkpoints save."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,9 +9,13 @@ from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.layout import reshard
 from ..runtime.sharding.tensors import local_part
 
+OF_LOSS = "loss_fn/"  # begins the names of a loss's weights; no name of a model's weight has a slash
+
 
 class BestWeights:
     """A copy of the weights of the best evaluation, in host memory. Of sharded weights, a process keeps its own part.
+
+    If the loss has weights or buffers of its own, they are among them: an evaluation depends on both.
 
     Attributes:
         is_kept: whether the run keeps a copy. If not, `keep` does nothing.
@@ -18,25 +24,35 @@ class BestWeights:
         after: evaluations up to this number of updates are ignored, because their weights are lost.
     """
 
-    def __init__(self, is_kept: bool) -> None:
-        self.is_kept = is_kept
+    def __init__(self, is_kept: bool, loss_fn: Any = None) -> None:
+        self.is_kept, self._loss_fn = is_kept, loss_fn
         self.weights: dict[str, Tensor] | None = None
         self.n_updates = self.after = 0
 
     def keep(self, model: nn.Module, n_updates: int) -> None:
         """Copy the current weights of a model."""
         if self.is_kept:
-            named = {name: local_part(t.detach()) for name, t in weights_of(model).items()}
+            named = {name: local_part(t.detach()) for name, t in self.tensors_of(model).items()}
             self.weights = {name: t.to("cpu", copy=True).contiguous() for name, t in named.items()}
             self.n_updates = n_updates
 
     def restore(self, model: nn.Module) -> bool:
-        """Load the weights into the model, and return whether there were any."""
+        """Load the weights into the model and the loss, and return whether there were any."""
         if self.weights is None:
             return False
-        for name, tensor in weights_of(model).items():
-            assign(tensor, self.weights[name])
+        for name, tensor in self.tensors_of(model).items():
+            if name in self.weights:  # older checkpoints have none of the loss
+                assign(tensor, self.weights[name])
         return True
+
+    def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors to keep a copy of: the weights of the model, and those that only the loss has."""
+        weights = weights_of(model)
+        if isinstance(self._loss_fn, nn.Module):
+            known = {id(t) for t in (*model.parameters(), *model.buffers())}
+            of_loss = (*self._loss_fn.named_parameters(), *self._loss_fn.named_buffers())
+            weights |= {f"{OF_LOSS}{name}": t for name, t in of_loss if id(t) not in known}
+        return weights
 
     def state_dict(self) -> dict[str, int]:
         """Return the state without the weights, which a checkpoint stores separately."""

@@ -1,9 +1,12 @@
 """Compare a run with the run that wrote a checkpoint: settings, data, model and software."""
 
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ _NOT_LEARNING = {  # values of a PEFT configuration that do not change the train
 }
 _MATTER_TO_ROUNDING = names_where(Runtime, lambda traits: traits.matters_to_rounding)
 _RATES = {"lr", "initial_lr"}  # compared through the settings instead
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class RunIdentity:
 
     Attributes:
         recipe: values of the Recipe, by setting, without those that set the size of an update.
-        trained_on: everything else that must not change, by the names that `allow_changed` accepts.
+        trained_on: everything else that must not change, by the names that `allow_changed` accepts. Parts of one of
+            these have its name, a dot and their own, such as "loss_fn.gamma".
         run_with: what may change, because it affects only time and memory.
         n_rows: number of training rows.
         versions: versions of the packages that compute the run.
@@ -147,31 +152,78 @@ def function_identity(function: Any) -> str | None:
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 
+def function_options(function: Any) -> dict[str, Any]:
+    """Return the plain values that a function is called with, by name: those of a `partial`, or of a dataclass."""
+    if isinstance(function, partial):
+        given: dict[Any, Any] = {**dict(enumerate(function.args)), **function.keywords}
+        given["func"] = function_identity(function.func)
+    elif is_dataclass(function) and not isinstance(function, nn.Module):
+        given = {f.name: getattr(function, f.name, None) for f in fields(function)}
+    else:
+        return {}
+    return {str(name): value for name, value in given.items() if _is_plain(value)}
+
+
+def config_identity(model: nn.Module) -> dict[str, Any]:
+    """Return the decimal numbers in a model's configuration, such as that of dropout, and the dropout of its modules.
+
+    Names and whole numbers in it are left out: most of them show in the weights, depend on the version of Transformers,
+    or only say how the model is computed.
+    """
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, _DROPOUTS)]
+    counts = Counter(module.p for name, module in named if "lora_" not in name)  # that of adapters is among theirs
+    dropouts = ", ".join(f"{p:g} ({n} modules)" for p, n in sorted(counts.items()))
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    return {"dropout of modules": dropouts, **_decimals(to_dict())}
+
+
+def _decimals(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _decimals(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and math.isfinite(value):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or (type(value) in (bool, int, float, str) and value == value)
+
+
 def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], checkpoint: Path) -> set[str]:
     """Return the names in which a run differs from a checkpoint, if all of them are allowed to differ.
 
     Args:
-        was, now: values by name. Only names in both are compared.
+        was, now: values by name. Only names in both are compared. A part, such as "loss_fn.gamma", may differ if the
+            whole may, here "loss_fn".
 
     Raises:
         CheckpointMismatchError: if other values differ; the message shows both values of each.
     """
     changed = {name for name in was.keys() & now.keys() if _plain(was[name]) != _plain(now[name])}
-    if refused := sorted(changed - set(allowed)):
+    if refused := sorted(name for name in changed if _whole(name) not in allowed):
         pairs = [f"`{name}` was {was[name]!r}, but is {now[name]!r} now." for name in refused]
         if isinstance(was.get("effective_batch_size"), int) and "effective_batch_size" in refused:
             pairs.append(
                 "To keep the size of an update with another number of processes or another `batch_size`, set "
                 f"`effective_batch_size={was['effective_batch_size']}`."
             )
-        wanted = ", ".join(map(repr, refused))
+        wholes = list(dict.fromkeys(map(_whole, refused)))
+        wanted = ", ".join(map(repr, wholes))
         raise CheckpointMismatchError(
             f"`resume` found {checkpoint}, but that run had other settings. Use the same settings, start a new run "
             f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]` "
-            f"(`--allow_changed {','.join(refused)}`).",
+            f"(`--allow_changed {','.join(wholes)}`).",
             pairs,
         )
-    return changed
+    return set(map(_whole, changed))
+
+
+def _whole(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _named(value: Any) -> str:

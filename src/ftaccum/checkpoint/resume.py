@@ -26,6 +26,8 @@ from .state import TrainState
 
 # If one of these differs, the rows are in another order, and rows that are done may be repeated.
 _OTHER_ROWS = {"train_data", "random_seed", "sampler"}
+# If one of these differs, so do the passes, and dropout draws other numbers.
+_DRAWING = {"processes", "device", "batch_size", "max_tokens", "planner", "planner_costs", "loss_head"}
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,9 @@ class ResumePoint:
         sentence += "." if self.changed & _OTHER_ROWS else f", and no {unit} is skipped or repeated."
         if self.changed:
             sentence += f" Changes allowed by `allow_changed`: {', '.join(sorted(self.changed))}."
-        known = [name for name in now if name in was]  # an older version has fewer settings
-        others = [f"{name} {now[name]} (was {was[name]})" for name in known if was[name] != now[name]]
-        if others:
-            draws = ", and dropout draws differ" if any(was[n] != now[n] for n in ("processes", "device")) else ""
+        differ = [name for name in now if name in was and was[name] != now[name]]  # an older version has fewer
+        if others := [f"{name} {now[name]} (was {was[name]})" for name in differ]:
+            draws = ", and dropout draws differ" if _DRAWING & {*differ} else ""
             sentence += f" Changed settings: {', '.join(others)}. Sums may round differently{draws}."
         before, here = self.checkpoint.metadata["versions"], identity.versions
         if moved := [
@@ -175,7 +176,7 @@ class ResumePoint:
 def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
     """Refuse to resume a run that non-finite updates ended, unless a change is allowed.
 
-    Otherwise, restarting the run repeatedly would skip one bad update after another.
+    Otherwise, restarting the run repeatedly would skip bad updates one by one.
     """
     ended = checkpoint.metadata["extra_state"]["nonfinite"]["ended"]
     if ended and not allowed:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..runtime.sharding.layout import Layout
-from .best_weights import assign
+from .best_weights import OF_LOSS, assign
 from .manifest import BESIDE, BEST, BUFFERS, WEIGHTS
 from .shard_index import Box, read_indices, shard_files
 
@@ -129,8 +129,15 @@ def load(own: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], *, strict:
 
 
 def local_parts(own: Mapping[str, Tensor], saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
-    """Return the saved values of tensors of the same names: of sharded ones, this process's part."""
-    return {name: saved[name].read_as(tensor).clone() for name, tensor in own.items()}  # the file may be removed
+    """Return the saved values of tensors of the same names, if there are any: of sharded ones, this process's part."""
+    found = ((name, saved[name], tensor) for name, tensor in own.items() if name in saved)
+    return {name: values.read_as(tensor).clone() for name, values, tensor in found}  # the file may be removed
+
+
+def evaluated_in(checkpoint: Path) -> dict[str, SavedTensor]:
+    """Return the weights of a checkpoint by the names that `BestWeights` gives them."""
+    model, beside = (SavedTensors(checkpoint).section(name) for name in ("model", "beside"))
+    return model | {f"{OF_LOSS}{name.removeprefix('loss_fn.')}": saved for name, saved in beside.items()}
 
 
 def _in_file(path: Path) -> dict[str, SavedTensor]:

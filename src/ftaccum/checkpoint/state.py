@@ -25,7 +25,7 @@ from .manifest import OPTIMIZER
 from .optimizer_state import load_optimizer_state, optimizer_state
 from .restored_state import StateRestorer
 from .run_tensors import RunTensors
-from .saved_tensors import SavedTensors, load, local_parts
+from .saved_tensors import SavedTensors, evaluated_in, load, local_parts
 from .serialization import n_bytes_in, on_host, unreadable
 from .shards import Shard, ShardTaker
 from .user_states import CallbackState, UserStates
@@ -74,6 +74,7 @@ class TrainState:
         # Restored in this order, because others may read the first two.
         self._extra_state: dict[str, Stateful] = {"metrics_logger": metrics_logger, "best": best, **extra_state}
         self._tensors = RunTensors(model, loss_fn, self._optimizer)
+        self._trained_first = _trained(model)
         self._user_states = UserStates(model, loss_fn, callbacks)
         self._processes: list[dict[str, Any]] = []  # of the checkpoint that was restored
 
@@ -149,7 +150,7 @@ class TrainState:
             shards.take("model", weights, copy=copy or switches_weights(self._optimizer))
         shards.take("buffers", self._tensors.buffers, copy=copy)
         shards.take("beside", self._tensors.beside(), copy=copy)
-        shards.take_parts("best", self._best.weights or {}, weights)
+        shards.take_parts("best", self._best.weights or {}, self._best.tensors_of(self._model))
         if not self._accelerator.is_main_process:
             return shards.shard()
         return self._with_metadata(metadata, shards.shard(), on_host(steps, copy), processes)
@@ -189,6 +190,7 @@ class TrainState:
                 "epochs": len(self.metrics_logger.ledger.epochs),
                 "rows": sum(entry.rows for entry in self.metrics_logger.ledger.windows),
                 "extra_state": {name: part.state_dict() for name, part in self._extra_state.items()},
+                "refrozen": sorted(_trained(self._model) ^ self._trained_first),
             },
             entries=self.metrics_logger.ledger.entries(),
             tensors=tensors,
@@ -211,6 +213,10 @@ class TrainState:
         if beside := saved.section("beside"):
             load(self._tensors.beside(), beside, strict=not {"model", "optimizer", "loss_fn"} & changed)
         # A sharded run reads parts of what is whole in the file.
+        refrozen = {*checkpoint.metadata.get("refrozen", ())} if same_model else set()  # older checkpoints lack it
+        for name, p in self._model.named_parameters():
+            if name in refrozen:
+                p.requires_grad_(name not in self._trained_first)
         steps = torch.load(checkpoint.path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=self.is_sharded)
         restorer = StateRestorer(saved, self._model)
         if not {"model", "optimizer", "optimizer_groups"} & changed:
@@ -247,11 +253,11 @@ class TrainState:
         if "model" not in changed:
             saved = SavedTensors(checkpoint.path).section("best")
             if saved and self._best.n_updates == best.evaluation:
-                self._best.weights = local_parts(self._tensors.weights, saved)
+                self._best.weights = local_parts(self._best.tensors_of(self._model), saved)
                 return
             there = checkpoint.at_update(best.evaluation)
             if there is not None and not self._callbacks.changes_weights:
-                self._best.weights = local_parts(self._tensors.weights, SavedTensors(there).section("model"))
+                self._best.weights = local_parts(self._best.tensors_of(self._model), evaluated_in(there))
                 self._best.n_updates = best.evaluation
                 self._user_states.log_once(
                     f"The checkpoint has no copy of the best weights so far, so those of update {best.evaluation} are "
@@ -274,6 +280,10 @@ class TrainState:
             Generators.of_state(processes[index]["generators"]).restore()
         else:
             seed_all(seed, index, len(checkpoint.windows))
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _forward(schedule: LRScheduler, n_updates: int) -> None:

@@ -90,6 +90,11 @@ def _audits(audits: Sequence[Mapping[str, float]]) -> str:
 
 def _weights(metadata: RunMetadata) -> str:
     restored, result = metadata.result["restored_update"], metadata.result
+    if not metadata.is_evaluated:
+        return (
+            "The saved weights are not those of an evaluation: a callback has evaluated or saved other weights than "
+            "those in training, such as an average of them. The results are those of the weights that were evaluated."
+        )
     if restored is not None:
         by = escape(metadata.criterion)
         return f"The saved weights are those of the best evaluation by {by}, after update {restored}."

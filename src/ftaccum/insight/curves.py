@@ -94,6 +94,12 @@ class RunCurves:
         return numbers if axis == "updates" else np.concatenate([[0], np.asarray(self.rows)])[numbers]
 
 
+def with_loss(loss: float, metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """Return the validation loss by this name, and the metrics. A metric of the same name gets "metric_" before it."""
+    taken = {name, f"eval_{name}"}
+    return {name: loss, **{f"metric_{each}" if each in taken else each: value for each, value in metrics.items()}}
+
+
 def axes_of(runs: Sequence[RunCurves]) -> list[Axis]:
     """Return the axes on which all runs can be drawn together: updates, and rows if all runs know them."""
     return ["rows", "updates"] if all(len(run.rows) for run in runs) else ["updates"]

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from ..rules.repository import is_repository_name
+from .curves import with_loss
 
 _IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
 
@@ -60,6 +61,7 @@ class RunMetadata:
         versions: versions of packages, by name.
         device: the kind of device.
         ended_by: why the run ended early, as a sentence; empty if it did not.
+        is_evaluated: whether the saved weights are those of an evaluation, which callbacks may prevent.
     """
 
     name: str
@@ -81,6 +83,7 @@ class RunMetadata:
     versions: Mapping[str, str]
     device: str
     ended_by: str = ""
+    is_evaluated: bool = True
 
     def evaluations(self) -> list[Evaluation]:
         """Return the evaluation before training, and the best and the last one; those that are the same only once."""
@@ -95,10 +98,12 @@ class RunMetadata:
 
     def saved_evaluation(self) -> dict[str, float]:
         """Return the loss and the metrics of the saved weights on the validation rows; empty if they are unknown."""
+        if not self.is_evaluated:
+            return {}
         result, restored = self.result, self.result["restored_update"]
         update = result["optimizer_steps"] + result["skipped_steps"] if restored is None else restored
         saved = next((each for each in reversed(self._all()) if each.update == update), None)
-        return {} if saved is None else {"loss": saved.loss, **saved.metrics}
+        return {} if saved is None else with_loss(saved.loss, saved.metrics, "loss")
 
     def _all(self) -> list[Evaluation]:
         result = self.result

@@ -189,5 +189,6 @@ SIZES = names_where(Recipe, lambda traits: traits.sizes_update)
 # The names that `allow_changed` accepts: what a resumed run must otherwise share with the previous run.
 CHANGEABLE = (
     *names_where(Recipe, lambda traits: not traits.sizes_update),
-    *("effective_batch_size", "train_data", "val_data", "model", "loss_fn", "loss_inputs", "data_collator", "lora"),
+    *("effective_batch_size", "train_data", "val_data", "model", "model_config", "loss_fn", "loss_inputs"),
+    *("data_collator", "lora"),
 )

@@ -104,6 +104,7 @@ def _load_base(name: str, adapter: dict[str, Any], saved: dict[str, Any]) -> tup
     """Return the base model with the head that was trained, and the names of its new weights."""
     kind = _class_of(adapter, saved)
     labels = {key: saved[key] for key in _LABELS if saved.get(key) is not None}
+    trained_in = saved.get("dtype") or saved.get("torch_dtype")  # the type may not be that of the base model's files
     if "id2label" in labels:
         labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
     try:
@@ -113,6 +114,7 @@ def _load_base(name: str, adapter: dict[str, Any], saved: dict[str, Any]) -> tup
                 revision=adapter.get("revision") or "main",
                 ignore_mismatched_sizes=bool(labels),  # the adapters have the head
                 output_loading_info=True,
+                **({"dtype": trained_in} if isinstance(trained_in, str) else {}),
                 **labels,
             )
     except Exception as error:

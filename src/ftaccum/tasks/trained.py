@@ -156,5 +156,5 @@ def _settings(given: Mapping[str, Any], record: RunRecord | None) -> dict[str, A
         if record is None
         else record.recipe | {"text_columns": record.text_columns or record.recipe.get("text_columns")}
     )
-    names = {f.name for f in fields(Recipe)}
-    return {n: of_run.get(n) if value is None and n in names else value for n, value in given.items()}
+    defaults = {f.name: f.default for f in fields(Recipe)}
+    return {n: of_run.get(n, defaults[n]) if value is None and n in defaults else value for n, value in given.items()}

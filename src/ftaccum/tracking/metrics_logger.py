@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..insight.curves import with_loss
 from ..objective.normalizer import WeightedMeans, gathered_with
 from ..planning.batch_size import BatchSizes
 from .ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
@@ -89,7 +90,7 @@ class MetricsLogger:
         self._before_evaluation = self._evaluation_loss.state_dict()
         entry = EvaluationEntry(len(windows), epoch, rows, self._evaluation_loss.take(), val_loss, metrics)
         self.ledger.record(entry)
-        values = {"val/loss": val_loss} | {f"val/{name}": value for name, value in metrics.items()}
+        values = {f"val/{name}": value for name, value in with_loss(val_loss, metrics, "loss").items()}
         self._accelerator.log(values, step=len(windows))
         return entry
 

@@ -40,8 +40,10 @@ def read_result(path: Path, names: Collection[str], build: Callable[..., T]) -> 
         for name in (n for n in names if n.endswith("_history")):
             known[name] = [nan_null(value) for value in known[name]]
         known["metrics"] = [_with_nan(found) for found in known["metrics"]]
-        if noise_scale := known.get("noise_scale"):
-            known["noise_scale"] = _with_nan(noise_scale)
+        known["audits"] = [_with_nan(audit) for audit in known.get("audits", [])]
+        for name in ("initial_metrics", "noise_scale"):
+            if numbers := known.get(name):
+                known[name] = _with_nan(numbers)
         return build(**known)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # not JSON, or other names and values
         raise DataError(

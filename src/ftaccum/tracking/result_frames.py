@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
+from ..insight.curves import with_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +28,7 @@ def as_frame(result: "Result", kind: str) -> "pd.DataFrame":
         }
         return pd.DataFrame(columns, numbers)
     if kind == "evaluations":
-        rows = [{"val_loss": v, **m} for v, m in zip(result.val_loss_history, result.metrics, strict=True)]
+        pairs = zip(result.val_loss_history, result.metrics, strict=True)
+        rows = [with_loss(loss, metrics, "val_loss") for loss, metrics in pairs]
         return pd.DataFrame(rows, pd.Index(result.evaluation_updates, name="update"))
     raise SettingsError([f"`kind` must be 'updates' or 'evaluations', but is {kind!r} instead."])

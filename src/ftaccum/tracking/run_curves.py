@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
-from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves
+from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves, with_loss
 from ..runtime.run_dir import RunDir
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
@@ -138,7 +138,7 @@ def _evaluations(result: "Result", ledger: Ledger) -> dict[str, Measured]:
         later = zip(result.evaluation_updates, result.val_loss_history, result.metrics, strict=False)
         entries = [(0, result.initial_loss, result.initial_metrics), *later]
     for update, loss, metrics in entries:
-        for name, value in {VALIDATION_LOSS: loss, **metrics}.items():
+        for name, value in with_loss(loss, metrics, VALIDATION_LOSS).items():
             updates, values = found.setdefault(name, ([], []))
             updates.append(update)
             values.append(value)

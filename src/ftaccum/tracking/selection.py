@@ -55,6 +55,10 @@ class Criterion:
         """Return the value of an evaluation; NaN if it does not have the metric."""
         return entry.val_loss if self.metric == LOSS else _by_name(entry).get(self.metric, math.nan)
 
+    def is_known(self, entry: EvaluationEntry) -> bool:
+        """Return whether an evaluation has the metric, even if its value is NaN."""
+        return self.metric == LOSS or self.metric in _by_name(entry)
+
     def best(self, evaluations: Iterable[EvaluationEntry]) -> EvaluationEntry | None:
         """Return the best evaluation after the first update, the earlier of two equal ones; None if there is none."""
         finite = [entry for entry in evaluations if entry.evaluation and math.isfinite(self.value(entry))]

@@ -10,10 +10,12 @@ from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.state import TrainState
 from ..data.loader import Loader
 from ..runtime.optimizers import evaluation_weights
+from ..runtime.state_guards import preserve_rng, seed_all
 from ..tracking.ledger import EvaluationEntry
 from .base_run import Run
 from .best_evaluation import BestEvaluation
 from .build_run import TrainingSetup
+from .evaluated_weights import EvaluatedWeights
 from .evaluation import Evaluation
 from .evaluation_groups import EvaluationGroups
 from .evaluator import Evaluator
@@ -43,7 +45,7 @@ def build_evaluation(run: Run, loader: Loader, groups: EvaluationGroups) -> Eval
         metrics=_build_metrics(run),
         generator=build_generator(run, run.data.ignore_index),
     )
-    with run.independent_passes():
+    with run.independent_passes(), preserve_rng():
         evaluation.check_memory(run.model, run.config.components.configuration)
     return evaluation
 
@@ -115,13 +117,17 @@ class EvaluatedSetup(TrainingSetup):
     def evaluate(self) -> tuple[float, dict[str, float]] | None:
         """Return the current validation loss and metrics; None if there are no validation rows.
 
-        Sync buffers first, so that all processes evaluate the same model.
+        Sync buffers first, so that all processes evaluate the same model. A model or a metric that draws random
+        numbers draws the same ones in each evaluation, and none of those of the training.
         """
         self.accumulator.sync_buffers()
         if self.evaluation is None:
             return None
-        with self.evaluation_weights():
-            return self.evaluation(self.model, self.independent_passes)
+        with self.evaluation_weights(), preserve_rng():
+            seed_all(self.config.recipe.random_seed)
+            found = self.evaluation(self.model, self.independent_passes)
+            self.evaluated.take(self.model)
+            return found
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -130,8 +136,13 @@ class EvaluatedSetup(TrainingSetup):
             yield
 
     @cached_property
+    def evaluated(self) -> EvaluatedWeights:
+        """The weights of the last evaluation, to compare with those that are saved."""
+        return EvaluatedWeights(self.callback_handler.has_callbacks, self.process_group)
+
+    @cached_property
     def best_weights(self) -> BestWeights:
-        return BestWeights(self.config.recipe.restore_best_weights)
+        return BestWeights(self.config.recipe.restore_best_weights, self.config.components.loss_fn)
 
     @cached_property
     def best(self) -> BestEvaluation:

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from ..checkpoint.compatibility import (
     RunIdentity,
     adapter_identity,
+    config_identity,
     function_identity,
+    function_options,
     model_identity,
     optimizer_identity,
     package_versions,
@@ -52,6 +54,9 @@ def build_identity(
         is_sharded: whether the model is sharded, which a config file of the launcher may ask for.
     """
     components, sizes = config.components, batch_sizes
+    functions = {name: getattr(components, name) for name in ("loss_fn", "loss_inputs", "data_collator")}
+    parts = {"model_config": config_identity(components.model)}
+    parts |= {name: function_options(function) for name, function in functions.items()}
     return RunIdentity(
         recipe=recipe_identity(config.recipe),
         trained_on={
@@ -63,9 +68,8 @@ def build_identity(
             "lora": adapter_identity(components.model),
             "optimizer": optimizer_identity(optimizer),
             "learning_rate": peak_rates(optimizer),
-            "loss_fn": function_identity(components.loss_fn),
-            "loss_inputs": function_identity(components.loss_inputs),
-            "data_collator": function_identity(components.data_collator),
+            **{name: function_identity(function) for name, function in functions.items()},
+            **{f"{whole}.{name}": value for whole, each in parts.items() for name, value in each.items()},
         },
         run_with={
             "processes": sizes.num_processes,

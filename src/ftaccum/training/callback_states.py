@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import CallbackError
+from ..runtime.log import logger
 
 
 def states_of(callbacks: Sequence[TrainerCallback]) -> dict[str, dict[str, Any] | Exception]:
@@ -19,10 +20,23 @@ def states_of(callbacks: Sequence[TrainerCallback]) -> dict[str, dict[str, Any] 
 def restore_states(callbacks: Sequence[TrainerCallback], saved: Mapping[str, Any]) -> None:
     """Restore the states of callbacks, which are recognised by their classes and their order.
 
+    Log a warning about states that no callback takes, and about callbacks that begin without their state.
+
     Raises:
         CallbackError: if a callback raises an error.
     """
-    for name, callback in _named(callbacks):
+    named = dict(_named(callbacks))
+    keeping = {name for name, each in named.items() if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")}
+    if lacking := sorted(saved.keys() - named.keys()):
+        logger.warning(
+            f"The checkpoint has a state of the callback {', '.join(lacking)}, but `callbacks` has no such one now. If "
+            "it changes the training or the evaluation, the resumed run differs from an uninterrupted one."
+        )
+    if fresh := sorted(keeping - saved.keys()):
+        logger.warning(
+            f"The checkpoint has no state of the callback {', '.join(fresh)}, which begins with a fresh one."
+        )
+    for name, callback in named.items():
         if name in saved:
             try:
                 _restore(callback, saved[name])

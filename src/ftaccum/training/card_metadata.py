@@ -1,6 +1,7 @@
 """Gather what the model card says of a run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -29,14 +30,17 @@ _PRECISIONS = {
 }
 
 
-def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunMetadata | None:
+def gather_metadata(
+    run: "RunWithOutputs", result: Result, ended_by: str = "", *, is_evaluated: bool = True
+) -> RunMetadata | None:
     """Return what the model card says of a run whose model is trained. If that fails, log a warning and return None.
 
     Args:
         ended_by: why the run ended early, as a sentence; empty if it did not.
+        is_evaluated: whether the saved weights are those of an evaluation.
     """
     try:
-        return _gather(run, result, ended_by)
+        return replace(_gather(run, result, ended_by), is_evaluated=is_evaluated)
     except Exception as error:  # a card must not cost a trained model
         logger.warning(f"There will be no model card: {type(error).__name__}: {error}")
         return None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ..planning.base_plan import BasePlan
 from ..planning.evaluation_schedule import EvaluationSchedule
+from ..runtime.log import logger
 from ..tracking.console import Console
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.metrics_logger import MetricsLogger
@@ -16,7 +17,7 @@ OnEvaluation = Callable[[EvaluationEntry], None]
 class Evaluator:
     """Evaluates a run on its validation rows after the updates where this is due.
 
-    An evaluation draws no random numbers and changes no state of the run. So a run with more evaluations trains the
+    An evaluation changes no state of the run, random generators included. So a run with more evaluations trains the
     same weights.
 
     Attributes:
@@ -88,6 +89,11 @@ class Evaluator:
 
     def _evaluate_again(self) -> None:
         if self._last < self._n_updates and (entry := self._evaluate()) is not None:
+            if not self._best.criterion.is_known(entry):
+                logger.warning(
+                    f"`compute_metrics` returned no {self._best.criterion.name!r} after update {entry.evaluation}, so "
+                    "this evaluation cannot be the best. Let it return the same metrics each time."
+                )
             self.improved = self._best.update()
             self._on_evaluation(entry)
 

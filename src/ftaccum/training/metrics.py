@@ -189,13 +189,34 @@ class Metrics:
         if not labels.is_floating_point():
             classes = logits if logits.shape == labels.shape else logits.argmax(-1)
         elif self._takes_classes:  # multi-label classification
+            self._check_decisions(labels)
             classes, labels = (logits > 0).long().reshape(labels.shape), labels.long()
         else:
             classes = logits.reshape(labels.shape)
+        if classes.shape != labels.shape:
+            raise SettingsError(
+                [
+                    "`compute_metrics` is an `evaluate` module, which gets the class with the largest logit along the "
+                    f"last dimension, but the logits have the shape {tuple(logits.shape)} and the labels "
+                    f"{tuple(labels.shape)}. Give a function of an EvalPrediction as `compute_metrics`."
+                ]
+            )
         if self._shifts:
             classes, labels = classes[:, :-1], labels[:, 1:]
         counted = labels != self._ignore_index
         return classes[counted], labels[counted]
+
+    def _check_decisions(self, labels: Tensor) -> None:
+        """Raise SettingsError if a metric of classes would get labels that are numbers, not decisions as 0 or 1."""
+        numbers = labels[(labels != 0) & (labels != 1) & (labels != self._ignore_index)]
+        if len(numbers):
+            raise SettingsError(
+                [
+                    f"`compute_metrics` ({type(self._compute).__name__}) compares classes, but labels are decimal "
+                    f"numbers, such as {numbers[0].item():g}. Give a metric of numbers, such as "
+                    "`ftaccum.MeanSquaredError()`."
+                ]
+            )
 
     def _predictions(self, named: Mapping[str, Any], labels: Any, micro: MicroBatch) -> Any:
         """Return the predictions for a function: the outputs, or what `preprocess_logits_for_metrics` makes of them."""
@@ -253,4 +274,4 @@ class Metrics:
         strays = {name: value for name, value in found.items() if not isinstance(value, numbers.Real)}
         if strays:
             raise SettingsError([f"`compute_metrics` must return numbers, but returned {strays} instead."])
-        return {name: float(value) for name, value in found.items()}
+        return {str(name): float(value) for name, value in found.items()}

@@ -66,11 +66,15 @@ class TrainingRun(RunWithOutputs):
         self.metrics_logger.log()
         self.weights_in_training.close()
         restored = self.best.restore()
+        if restored is not None:
+            self.evaluated.take(self.model)
         self.callback_handler.end(restored_best=restored is not None)
+        is_evaluated = not self.evaluated.differ_from(self.model)
         result = replace(self._result(), restored_update=restored)
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saves = self.callback.saves_model
-        trained = replace(self.trained_model, metadata=gather_metadata(self, result) if saves else None)
+        metadata = gather_metadata(self, result, is_evaluated=is_evaluated) if saves else None
+        trained = replace(self.trained_model, metadata=metadata)
         saved = trained if saves else None
         result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
         result = with_trained(self._publish(result), trained, self._recorded())
@@ -144,7 +148,7 @@ class TrainingRun(RunWithOutputs):
         if resume_point.path is None:
             self.evaluator.before_training()
         elif ledger.evaluations:
-            self.criterion.check(ledger.evaluations[-1].metrics)
+            self.criterion.check({name for entry in ledger.evaluations for name in entry.metrics})
         for entry in ledger.evaluations:
             if entry.evaluation:
                 self.callback.on_evaluation(entry)

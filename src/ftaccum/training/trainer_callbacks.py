@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CallbackError
+from ..insight.curves import with_loss
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, training_mode
 from ..tracking.ledger import EvaluationEntry
@@ -88,6 +89,10 @@ class CallbackHandler:
         self._failure: Exception | None = None
         self._failed: list[TrainerCallback] = []
         self.stops = False
+
+    @property
+    def has_callbacks(self) -> bool:
+        return bool(self._callbacks)
 
     def send(self, event: str, **more: Any) -> None:
         """Call the method of this name of each callback. One that has raised an error gets no more calls.
@@ -183,7 +188,7 @@ class CallbackHandler:
         """Pass on an evaluation, and then, as `Trainer` does, the best one so far."""
         if not self._callbacks:
             return
-        values = {"loss": entry.val_loss, **entry.metrics}
+        values = with_loss(entry.val_loss, entry.metrics, "loss")
         metrics = {f"eval_{name.removeprefix('eval_')}": value for name, value in values.items()}
         self.log(metrics, entry.evaluation)
         self.send("on_evaluate", metrics={**metrics, "epoch": self._state.epoch})
@@ -244,7 +249,7 @@ class CallbackHandler:
         progress = dict(state_dict.get(_RUN, {}))
         self.stops = progress.pop("stops", False) and not continues
         vars(self._state).update(progress)
-        restore_states(self._callbacks, state_dict)
+        restore_states(self._callbacks, {name: state for name, state in state_dict.items() if name != _RUN})
 
     def _describe(self, callback: TrainerCallback, event: str, error: Exception) -> Exception:
         """Return the error to raise for an error in a callback: the same one, if the callback declares it."""

@@ -1,6 +1,5 @@
 """The command `ftaccum eval`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ def run(words: Sequence[str]) -> int:
 
     from ...tasks.load import loading
     from ...tasks.trained import load_trained
+    from ...tracking.result_file import write_values
     from ...training.evaluate_rows import evaluate_rows
     from ..trained_config import trained_config
 
@@ -39,6 +39,6 @@ def run(words: Sequence[str]) -> int:
         print(f"rows  {found.n_rows:,}", f"loss  {found.loss:.6g}", sep="\n")
         print(*(f"{name}  {value:.6g}" for name, value in found.metrics.items()), sep="\n")
         if output.json is not None:
-            Path(output.json).expanduser().write_text(json.dumps(asdict(found), indent=2) + "\n")
+            write_values(asdict(found), Path(output.json).expanduser())
     state.destroy_process_group()
     return OK
