@@ -309,6 +309,18 @@ def test_parquet_keeps_class_names_and_gives_categories_as_text(tmp_path: Path) 
     assert read_rows(str(tmp_path / "b.parquet")).features == Features(dict.fromkeys(("text", "kind"), Value("string")))
 
 
+@pytest.mark.parametrize("names", [["good", "bad"], None])
+def test_parquet_files_whose_class_numbers_differ_are_refused(names: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for n, classes in enumerate((["bad", "good"], names)):
+        features = Features(
+            {"text": Value("string"), "label": ClassLabel(names=classes) if classes else Value("int64")}
+        )
+        Dataset.from_list(ROWS, features=features).to_parquet(str(tmp_path / "rows" / f"{n}.parquet"))
+    with pytest.raises(DataError, match=r"1\.parquet': column 'label' has .*, but .*bad.* in .*0\.parquet"):
+        read_rows(str(tmp_path / "rows"))
+
+
 def sources(folder: Path) -> str:
     a = write(folder / "a.csv", "text,label\n" + "".join(f"a{n},{n}\n" for n in range(60)))
     b = write(folder / "b.jsonl", "".join(json.dumps({"label": n + 0.5, "text": f"b{n}"}) + "\n" for n in range(30)))
