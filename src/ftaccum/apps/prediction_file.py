@@ -76,7 +76,7 @@ def write_predictions(output: str, rows: Dataset, columns: Mapping[str, list[Any
     """
     path = Path(output).expanduser()
     if replaced := [name for name in columns if name in rows.column_names]:
-        logger.warning(f"Predictions replace these columns of the rows: {', '.join(replaced)}. Rename them to keep them.")
+        logger.warning(f"Predictions replace the columns {', '.join(replaced)} of the rows. Rename them to keep them.")
     rows = rows.remove_columns(replaced)
     for name, values in columns.items():
         rows = rows.add_column(name, values)
