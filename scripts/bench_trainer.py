@@ -5,7 +5,7 @@ epoch over the same rows. A first round counts waits and padding without timing;
 contenders, in rotating order. Everything runs on one thread. A contender that does not fit a workload is left out.
 
 - The whole call runs from before the trainer is made to the return of `train()`, `test_fine_tuning` or the loop, with
-  the weights and the tokenised rows already in memory. It includes the self-check, reading lengths and packing.
+  the weights and the tokenized rows already in memory. It includes the self-check, reading lengths and packing.
 - The steady state runs from the end of the first update's optimizer step to the end of the last one's, and is divided
   by the number of updates after the first. It includes ftaccum's audits. The second table has their share, and the
   seconds before the first forward pass of training, which include the self-check and the first audit.

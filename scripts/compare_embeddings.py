@@ -99,7 +99,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def tokenised(pairs: list[tuple[str, str]], tokenizer: Any, max_length: int) -> Dataset:
+def tokenized(pairs: list[tuple[str, str]], tokenizer: Any, max_length: int) -> Dataset:
     sides = zip(*pairs, strict=True)
     return encode(Dataset.from_dict(dict(zip(SIDES, sides, strict=True))), tokenizer, *SIDES, max_length=max_length)
 
@@ -118,7 +118,7 @@ def embed(model: PairEncoder, rows: Dataset, collate: PaddingCollator, batch_siz
 def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    train, val = (tokenised(pairs, tokenizer, task.max_length) for pairs in (task.train, task.val))
+    train, val = (tokenized(pairs, tokenizer, task.max_length) for pairs in (task.train, task.val))
     collate = PaddingCollator(ColumnRules(), pad_token_id=tokenizer.pad_token_id)
     model, clock = PairEncoder(AutoModel.from_pretrained(task.model)), Clock()
     without_dropout(model)

@@ -1,4 +1,4 @@
-"""Count how often Python waits for tensor values, and where. On a GPU, each such wait is a synchronisation.
+"""Count how often Python waits for tensor values, and where. On a GPU, each such wait is a synchronization.
 
     with HostSyncs() as syncs:
         train()

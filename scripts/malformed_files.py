@@ -90,7 +90,7 @@ def _no_classes(folder: Path) -> None:
 ROWS = pa.table({"text": ["good"], "label": [1]})
 LINES = '{"text": "good", "label": 1}\n'
 CASES = [
-    Case("mistyped name", "trian.csv", _write(train_csv=GOOD), ("no such file", "Do you mean 'train.csv'?")),
+    Case("mistyped name", "trian.csv", _write(train_csv=GOOD), ("no such file", "Did you mean 'train.csv'?")),
     Case("a missing folder", "data/train.csv", _write(), ("there is no folder", "Check the path")),
     Case("empty file", "train.csv", "", ("the file is empty",)),
     Case("blank lines only", "train.csv", "\n\n", ("the file is empty",)),

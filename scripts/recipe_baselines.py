@@ -112,17 +112,17 @@ def tags(settings: Settings) -> Figures:
         for word in row["tokens"]
     ]
     vectors = DictVectorizer()
-    features = vectors.fit_transform(_neighbourhoods(train))
+    features = vectors.fit_transform(_neighborhoods(train))
     features.indices, features.indptr = features.indices.astype("int32"), features.indptr.astype("int32")
     svm = LinearSVC(C=0.3, random_state=0).fit(features, [tag for row in train for tag in row["tags"]])
     return {
         "most frequent tag": float((right == usual).mean()),
         "most frequent tag of each word": float((right == by_word).mean()),
-        "linear SVM on five words": float((right == svm.predict(vectors.transform(_neighbourhoods(val)))).mean()),
+        "linear SVM on five words": float((right == svm.predict(vectors.transform(_neighborhoods(val)))).mean()),
     }
 
 
-def _neighbourhoods(rows: Sequence[Any]) -> list[dict[str, int]]:
+def _neighborhoods(rows: Sequence[Any]) -> list[dict[str, int]]:
     """Return features of each word and of two words on each side: spelling, kinds of characters, last character."""
     found = []
     for row in rows:

@@ -183,7 +183,7 @@ def passes(names: list[str], rounds: int, cache: str | None) -> None:
 
 
 class Classifier(nn.Module):
-    """A classifier on the normalised mean embedding, over all positions or only those that are not padding."""
+    """A classifier on the normalized mean embedding, over all positions or only those that are not padding."""
 
     def __init__(self, norm: nn.Module, heed_mask: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a contender of scripts/bench_trainer.py, on rows that are already tokenised and labelled.
+"""TRL's SFTTrainer as a contender of scripts/bench_trainer.py, on rows that are already tokenized and labelled.
 
 SFTTrainer keeps given `labels`. Its loss projects only labelled positions, in chunks, as is its default.
 """

@@ -21,7 +21,7 @@ from jobs import Job
 from measuring import DEVICE, Passes, now, quiet, short
 from peers import Contender
 
-# Code that reads tensors which stay on the host even with a GPU. On a CPU they cannot be recognised: ftaccum's batches
+# Code that reads tensors which stay on the host even with a GPU. On a CPU they cannot be recognized: ftaccum's batches
 # before they are sent to the device, and AdamW's step count.
 ON_HOST = ("ftaccum/data/", "torch/optim/adam.py")
 # Places where the models themselves wait once or twice per forward pass, in every contender.

@@ -38,7 +38,7 @@ class Workload:
 
     Attributes:
         model: model with its initial weights, which is never trained itself.
-        rows: tokenised rows, in an order that depends on the seed.
+        rows: tokenized rows, in an order that depends on the seed.
         collate: pads rows to a batch, as in Transformers' documentation for this task.
         n_items: returns the number of loss items of rows.
         updates, batch_size, k, precision: defaults of a timed run: number of updates, rows per micro-batch,

@@ -345,7 +345,7 @@ def test_an_audit_that_stops_a_run_loses_no_update(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_without_rules")
 def test_the_reference_is_another_cut_if_one_batch_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_per_process", lambda: 0)
+    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_memory", lambda _: 0)
     result = train(Net())
     assert {audit["reference"] for audit in result.audits} == {"another cut"}
     assert all(audit["error"] <= audit["tolerance"] for audit in result.audits)

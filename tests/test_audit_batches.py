@@ -93,7 +93,7 @@ def test_a_wrong_count_has_the_error_that_plain_pytorch_gives(
 def test_without_room_for_one_batch_the_reference_is_another_cut(
     sizes: tuple[int, ...], accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_per_process", lambda: 0)
+    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_memory", lambda _: 0)
     right, wrong = (audited(accelerator, "causal LM, Llama", sizes, count) for count in (None, rows_in))
     assert right is not None
     assert wrong is not None
@@ -105,7 +105,7 @@ def test_without_room_for_one_batch_the_reference_is_another_cut(
 
 
 def test_another_cut_of_single_rows_joins_pairs(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_per_process", lambda: 0)
+    monkeypatch.setattr("ftaccum.accumulation.one_batch.free_memory", lambda _: 0)
     right, wrong = (audited(accelerator, "causal LM, Llama", (1, 1, 1), count) for count in (None, rows_in))
     assert right is not None
     assert wrong is not None

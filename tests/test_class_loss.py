@@ -241,7 +241,7 @@ def test_weights_must_be_positive_numbers(value: Any) -> None:
 
 def test_the_command_line_reads_the_settings() -> None:
     words = ["--class_weights", "1,2.5", "--label_smoothing", "0.1", "--sampler", "balanced"]
-    given = {name: value for kind in parse(OPTIONS["train"], words) for name, value in vars(kind).items()}
+    given = {name: value for kind in parse(OPTIONS["train"], words).options for name, value in vars(kind).items()}
     recipe = parse_settings(given)[0]
     assert (recipe.class_weights, recipe.label_smoothing, recipe.sampler) == ([1.0, 2.5], 0.1, "balanced")
     assert parse_settings({"class_weights": torch.tensor([1.0, 2.5])})[0].class_weights == [1.0, 2.5]

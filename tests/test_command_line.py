@@ -56,7 +56,7 @@ def test_allow_changed_is_read_from_flags_and_from_a_file(tmp_path: Path) -> Non
         ([], "allow_changed: [learning_rate, n_epochs]"),
     ):
         file.write_text(text + "\nresume: off\n")
-        recipe, runtime = parse([Recipe, Runtime], [*words, "--config", str(file)])
+        recipe, runtime = parse([Recipe, Runtime], [*words, "--config", str(file)]).options
         assert parse_settings(vars(recipe) | vars(runtime))[1].allow_changed == ["learning_rate", "n_epochs"]
         assert parse_settings(vars(runtime))[1].resume is None
 
@@ -84,22 +84,22 @@ def test_steps_are_the_same_from_flags_and_from_a_file(tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
     others = "remainder: carry\nmax_updates: 200\n"
     yaml.write_text(f"gradient_accumulation_steps: [[0, 2], [100, 8]]\n{others}")
-    (from_lists,) = parse([Recipe], ["--config", str(yaml)])
+    (from_lists,) = parse([Recipe], ["--config", str(yaml)]).options
     yaml.write_text(f"gradient_accumulation_steps: 0:2,100:8\n{others}")
-    (from_text,) = parse([Recipe], ["--config", str(yaml)])
+    (from_text,) = parse([Recipe], ["--config", str(yaml)]).options
     flags = ["--gradient_accumulation_steps", "0:2,100:8", "--remainder", "carry", "--max_updates", "200"]
-    (from_flags,) = parse([Recipe], flags)
+    (from_flags,) = parse([Recipe], flags).options
     from_python = {"gradient_accumulation_steps": "0:2,100:8", "remainder": "carry", "max_updates": 200}
     wanted = Recipe(gradient_accumulation_steps=[[0, 2], [100, 8]], remainder="carry", max_updates=200)
     for given in (from_python, vars(from_lists), vars(from_text), vars(from_flags)):
         assert parse_settings(given)[0] == wanted
-    assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
+    assert parse([Recipe], ["--gradient_accumulation_steps", "4"]).options[0].gradient_accumulation_steps == 4
 
 
 def test_a_file_may_use_the_other_name_of_a_flag(tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
     yaml.write_text("data: x.csv\n")
-    assert parse([NamedArguments], ["--config", str(yaml)])[0].train_data == "x.csv"
+    assert parse([NamedArguments], ["--config", str(yaml)]).options[0].train_data == "x.csv"
     yaml.write_text("data: x.csv\ntrain_data: y.csv\n")
     with pytest.raises(SettingsError, match="sets 'train_data' twice, once as 'data'"):
         parse([NamedArguments], ["--config", str(yaml)])
@@ -124,7 +124,7 @@ def test_bad_input_is_reported_in_one_sentence_with_status_2(
             ["train", "--model", "/absent", "--train_data", rows],
             "`model` '/absent': there is no such folder. Check the path.",
         ),
-        (["train", "--model", f"{model}x", "--train_data", rows], f"no such folder. Do you mean {model!r}?"),
+        (["train", "--model", f"{model}x", "--train_data", rows], f"no such folder. Did you mean {model!r}?"),
         (["train", "--model", "some/absent", "--train_data", rows], "there is no such folder here, and the hub cannot"),
         (
             ["train", "--model", model, "--train_data", rows, "--tokenizer", "./absent"],
@@ -266,9 +266,11 @@ def test_a_model_that_cannot_be_saved_gives_status_1(
 
 def test_batch_size_is_a_number_or_auto_and_costs_are_three_numbers() -> None:
     words = ["--batch_size", "auto", "--effective_batch_size", "8", "--planner_costs", "64", "1", "0.001"]
-    recipe, runtime = parse_settings({**vars(parse([Recipe], words[2:4])[0]), **vars(parse([Runtime], words[:2])[0])})
+    recipe, runtime = parse_settings(
+        {**vars(parse([Recipe], words[2:4]).options[0]), **vars(parse([Runtime], words[:2]).options[0])}
+    )
     assert (recipe.effective_batch_size, runtime.batch_size) == (8, "auto")
-    (runtime,) = parse([Runtime], ["--batch_size", "16", *words[4:]])
+    (runtime,) = parse([Runtime], ["--batch_size", "16", *words[4:]]).options
     assert (runtime.batch_size, runtime.planner_costs) == (16, [64.0, 1.0, 0.001])
 
 

@@ -130,10 +130,10 @@ def test_an_error_about_a_file_gives_the_reason(
 def test_scalars_of_a_file_follow_yaml_1_2(config: Callable[[bytes], list[str]]) -> None:
     """In YAML 1.1, `no` is False, 1e-5 a string, and 1:30 the number 90."""
     words = config(b"mixed_precision: no\nplanner: off\nprogress: yes\nplanner_costs: [1e2, 1, 1e-4]\nbatch_size: 8")
-    (runtime,) = parse([Runtime], words)
+    (runtime,) = parse([Runtime], words).options
     read = (runtime.mixed_precision, runtime.planner, runtime.progress, runtime.planner_costs, runtime.batch_size)
     assert read == ("no", False, True, [100.0, 1, 0.0001], 8)
-    (recipe,) = parse([Recipe], config(b"learning_rate: 1e-5\ngradient_accumulation_steps: 1:30"))
+    (recipe,) = parse([Recipe], config(b"learning_rate: 1e-5\ngradient_accumulation_steps: 1:30")).options
     assert recipe.learning_rate == 1e-5
     with pytest.raises(SettingsError, match=r"or pairs .*, but is \[\[1, 30\]\] instead"):
         parse_settings(vars(recipe))

@@ -39,7 +39,7 @@ def test_another_ignore_index_is_respected() -> None:
 
 def test_class_weights_are_summed_over_the_labels_that_count() -> None:
     labels = torch.tensor([2, -100, 0, 2])
-    found = counts((torch.zeros(4, 3), labels), class_weights=torch.tensor([0.5, 8.0, 2.0]))
+    found = counts((torch.zeros(4, 3), labels), declared=lambda: (-100, torch.tensor([0.5, 8.0, 2.0])))
     assert found == {"class weights": 4.5, "labels": 3, "rows": 4, "elements": 4}
     assert next(iter(found)) == "class weights"
 
@@ -53,7 +53,7 @@ def test_labels_in_one_column_have_no_shift() -> None:
 
 def test_floating_targets_are_counted_by_rows_and_elements() -> None:
     targets = torch.zeros(3, 2)
-    weighted = counts((torch.zeros(3, 5), targets), class_weights=torch.ones(2))
+    weighted = counts((torch.zeros(3, 5), targets), declared=lambda: (-100, torch.ones(2)))
     assert weighted == {"rows": 3, "elements": 6}
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ftaccum import test_fine_tuning
 from ftaccum.errors import SettingsError
-from ftaccum.objective.forward import total_of
 from ftaccum.objective.loss_memory import LossMemory
 from ftaccum.objective.window_loss import WindowLoss
 from ftaccum.training import check_window_loss
@@ -25,7 +24,7 @@ def linear(embeddings_ND: Tensor, _: Any) -> Tensor:
 def measured(loss_fn: Any) -> LossMemory | None:
     window_loss = WindowLoss(loss_fn, lambda outputs, _: outputs)
     batch = {"x": torch.zeros(4, 1)}
-    return LossMemory.measure(window_loss, window_loss.read(torch.randn(4, 8), batch), total_of)
+    return LossMemory.measure(window_loss, window_loss.read(torch.randn(4, 8), batch))
 
 
 def test_a_contrastive_loss_grows_with_the_square_of_the_rows() -> None:

@@ -30,7 +30,7 @@ CLASSES = ("negative", "neutral", "positive")
 
 
 def options(*words: str) -> AdapterOptions:
-    return parse([AdapterOptions], words)[0]
+    return parse([AdapterOptions], words).options[0]
 
 
 def test_each_option_turns_adapters_on() -> None:

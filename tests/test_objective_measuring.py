@@ -72,7 +72,7 @@ def test_a_mean_is_explained_by_rows_separated_in_either_way(cut: bool, collated
 
     parts = [[1.0], [2.0], [4.0, 5.0]]
     if not (cut or collated):
-        with pytest.raises(AssertionError, match="`cut` or `padded_apart` is given"):
+        with pytest.raises(AssertionError, match="`cut` or `padded` is given"):
             explain(losses, [1.0, 2.0, 4.0, 5.0], None, [], {"a": len})
         return
     found = explain(
@@ -276,8 +276,8 @@ def test_packed_rows_are_compared_by_their_sum_where_they_count_fewer_items(mean
         return {"loss": batch["mean"]}, None
 
     forward.modules = ()  # type: ignore[attr-defined]
-    objective = SimpleNamespace(count=lambda batch: {"loss": batch["items"]})
+    objective = SimpleNamespace(forward=forward, count=lambda batch: {"loss": batch["items"]})
     padded = {"mean": torch.tensor(2.0, dtype=torch.float64), "items": 3}
     packed = {"mean": torch.tensor(mean, dtype=torch.float64), "items": 2}
-    arguments: Any = (linear(), forward, objective, padded, packed)
+    arguments: Any = (linear(), objective, padded, packed)
     assert difference_of_packing(*arguments) == pytest.approx(off, abs=1e-12)

@@ -139,7 +139,7 @@ def test_a_full_disk_loses_neither_the_result_nor_earlier_files(tmp_path: Path) 
         result.unwritten,
         {
             "ledger.jsonl": "The result also has its losses, norms and audits",
-            "model": r"The weights take 28.4 KB. The trained model is still in memory: save it",
+            "model": r"The weights take 28.4 kB. The trained model is still in memory: save it",
             "result.json": "The call still returns the result",
         }.items(),
         strict=True,

@@ -9,11 +9,12 @@ import pytest
 
 from ftaccum.errors import SettingsError
 from ftaccum.planning.base_plan import Progress
-from ftaccum.planning.batch_size import BatchSizes, rate_factor, resolve_batch_sizes
+from ftaccum.planning.batch_size import BatchSizes, batch_sizes_of, rate_factor
 from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner, MicroBatchRows
 from ftaccum.planning.plan import Plan
 from ftaccum.planning.shuffle import hold_out, n_held_out, order_of
 from ftaccum.planning.stream_plan import StreamPlan
+from ftaccum.settings.recipe import Recipe
 
 LATER = ((2, 3), (4, 1))
 
@@ -51,24 +52,24 @@ def test_sizes_of_an_update_change_at_the_updates_named() -> None:
 
 
 def test_pairs_of_steps_are_resolved() -> None:
-    found = resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=((0, 2), *LATER), num_processes=3)
+    found = batch_sizes_of(Recipe(gradient_accumulation_steps=((0, 2), *LATER)), 4, 3)
     assert found == BatchSizes(4, 2, 3, 24, LATER)
 
 
 def test_tokens_of_an_update_are_rounded_to_the_nearest_row_and_one_at_least() -> None:
     def rows(tokens: int, per_row: float) -> int:
-        return resolve_batch_sizes(batch_size=2, tokens_per_update=tokens, tokens_per_row=per_row).effective_batch_size
+        return batch_sizes_of(Recipe(tokens_per_update=tokens), 2, 1, per_row).effective_batch_size
 
     assert [rows(100, 30.0), rows(110, 30.0), rows(1, 30.0)] == [3, 4, 1]
 
 
 def test_two_settings_that_agree_on_the_rows_do_not_conflict() -> None:
-    found = resolve_batch_sizes(batch_size=2, effective_batch_size=8, tokens_per_update=81, tokens_per_row=10.0)
+    found = batch_sizes_of(Recipe(effective_batch_size=8, tokens_per_update=81), 2, 1, 10.0)
     assert found == BatchSizes(2, 4, 1, 8)
-    steps = resolve_batch_sizes(batch_size=2, gradient_accumulation_steps=4, effective_batch_size=7)
+    steps = batch_sizes_of(Recipe(gradient_accumulation_steps=4, effective_batch_size=7), 2, 1)
     assert steps == BatchSizes(2, 4, 1, 7)
     with pytest.raises(SettingsError, match=r"disagree: `effective_batch_size` asks for 9 rows; .*= 8 rows\. Give one"):
-        resolve_batch_sizes(batch_size=2, gradient_accumulation_steps=4, effective_batch_size=9)
+        batch_sizes_of(Recipe(gradient_accumulation_steps=4, effective_batch_size=9), 2, 1)
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 3.0), ("linear", 9.0)])

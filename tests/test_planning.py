@@ -6,10 +6,11 @@ import pytest
 
 from ftaccum import SettingsError, plan
 from ftaccum.planning.base_plan import Progress
-from ftaccum.planning.batch_size import BatchSizes, resolve_batch_sizes
+from ftaccum.planning.batch_size import BatchSizes, batch_sizes_of
 from ftaccum.planning.plan import Plan
 from ftaccum.planning.shuffle import hold_out
 from ftaccum.planning.stream_plan import StreamPlan
+from ftaccum.settings.recipe import Recipe
 
 SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
 
@@ -55,24 +56,23 @@ def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: 
 
 
 def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:
-    assert resolve_batch_sizes(batch_size=4, effective_batch_size=256) == BatchSizes(4, 64, 1, 256)
-    assert resolve_batch_sizes(batch_size=4, effective_batch_size=30, num_processes=2) == BatchSizes(4, 4, 2, 30)
-    assert resolve_batch_sizes(batch_size=4, effective_batch_size=3) == BatchSizes(4, 1, 1, 3)
+    assert batch_sizes_of(Recipe(effective_batch_size=256), 4, 1) == BatchSizes(4, 64, 1, 256)
+    assert batch_sizes_of(Recipe(effective_batch_size=30), 4, 2) == BatchSizes(4, 4, 2, 30)
+    assert batch_sizes_of(Recipe(effective_batch_size=3), 4, 1) == BatchSizes(4, 1, 1, 3)
     # Typical numbers of pre-training: 4 × 2048 tokens per micro-batch, 524,288 per update.
-    by_tokens = resolve_batch_sizes(batch_size=4, tokens_per_update=524_288, tokens_per_row=2048)
+    by_tokens = batch_sizes_of(Recipe(tokens_per_update=524_288), 4, 1, 2048)
     assert by_tokens == BatchSizes(4, 64, 1, 256)
     # both are allowed if the rows need exactly that many passes
     assert (
-        resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=8, effective_batch_size=30).effective_batch_size
-        == 30
+        batch_sizes_of(Recipe(gradient_accumulation_steps=8, effective_batch_size=30), 4, 1).effective_batch_size == 30
     )
 
 
 def test_sizes_that_disagree_are_an_error_with_the_arithmetic() -> None:
     with pytest.raises(SettingsError, match=r"asks for 64 rows; .*4 rows × 3 steps × 2 processes = 24 rows"):
-        resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=3, effective_batch_size=64, num_processes=2)
+        batch_sizes_of(Recipe(gradient_accumulation_steps=3, effective_batch_size=64), 4, 2)
     with pytest.raises(SettingsError, match=r"asks for 8 rows; .*100 tokens / 10 per row = 10 rows"):
-        resolve_batch_sizes(batch_size=4, effective_batch_size=8, tokens_per_update=100, tokens_per_row=10)
+        batch_sizes_of(Recipe(effective_batch_size=8, tokens_per_update=100), 4, 1, 10)
 
 
 def test_hold_out_takes_its_share_by_the_seed_and_leaves_the_rest() -> None:

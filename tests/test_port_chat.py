@@ -38,7 +38,7 @@ def test_the_script_and_the_command_label_the_same_tokens(tmp_path: Path, monkey
     batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
 
     command = next(words for words in ftaccum_commands(PAGE) if "chat" in words)
-    named, _, recipe, runtime = parse(OPTIONS["train"], command[1:])
+    named, _, recipe, runtime = parse(OPTIONS["train"], command[1:]).options
     loaded = load(replace(named, model=model, train_data=rows), {**vars(recipe), "max_length": LIMIT})
     assert [row["input_ids"] for row in loaded.train] == [batch["input_ids"][0].tolist() for batch in batches]
     assert [row["labels"] for row in loaded.train] == [batch["labels"][0].tolist() for batch in batches]

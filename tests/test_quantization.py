@@ -51,7 +51,7 @@ def test_a_missing_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr(functional, "quantize_4bit", fail)
-    with pytest.raises(SettingsError, match=r"bitsandbytes cannot quantise .*: RuntimeError: no kernel for this"):
+    with pytest.raises(SettingsError, match=r"bitsandbytes cannot quantize .*: RuntimeError: no kernel for this"):
         quantization_config(load_in_4bit=True, load_in_8bit=False)
 
 

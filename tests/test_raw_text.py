@@ -61,6 +61,9 @@ def test_an_encoder_is_not_trained_on_the_next_tokens_of_text() -> None:
 def test_a_named_column_is_read_and_the_others_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     alone = run(classifier(), LABELLED)
     assert "Text: column 'review'; labels: 'label'\n" in capsys.readouterr().out
+    renamed = [{"review": row["review"], "label_ids": row["label"]} for row in LABELLED]
+    assert run(classifier(), renamed).loss_history == alone.loss_history
+    assert "Text: column 'review'; labels: 'label_ids'\n" in capsys.readouterr().out
     for name in ("review", ["review"]):
         named = run(classifier(), WITH_IDS, text_columns=name)
         assert named.loss_history == alone.loss_history

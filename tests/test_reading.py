@@ -473,7 +473,7 @@ def test_faults_of_the_hub_have_its_reason_and_a_remedy(
 def test_a_hub_name_without_network_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reviews").mkdir()
-    with pytest.raises(DataError, match=r"`train_data` 'revews' is no file or folder here.*Do you mean 'reviews'\?"):
+    with pytest.raises(DataError, match=r"`train_data` 'revews' is no file or folder here.*Did you mean 'reviews'\?"):
         read_rows("revews")
 
 

@@ -103,11 +103,11 @@ def test_an_end_above_the_rate_of_a_users_optimizer_is_refused() -> None:
 
 def test_the_command_line_takes_json(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     words = ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', "--optimizer_groups", '{"bias": {"lr": 1e-4}}']
-    *_, recipe, _ = parse(OPTIONS["train"], words)
+    *_, recipe, _ = parse(OPTIONS["train"], words).options
     assert (recipe.lr_scheduler_kwargs, recipe.optimizer_groups) == (words[1], words[3])
     file = tmp_path / "options.yaml"
     file.write_text("lr_scheduler_kwargs: {min_lr_rate: 0.1}\noptimizer_groups: [{pattern: bias, lr: 1e-4}]\n")
-    *_, recipe, _ = parse(OPTIONS["train"], ["--config", str(file)])
+    *_, recipe, _ = parse(OPTIONS["train"], ["--config", str(file)]).options
     assert recipe == Recipe(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},  # type: ignore[arg-type]
         optimizer_groups=[{"pattern": "bias", "lr": 1e-4}],  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Sharded runs on two processes that are interrupted and resumed, there or on another number of processes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_sharded_runs_resume_to_the_bit_and_with_other_processes(
     assert "update-00000003" not in found.pop("full left")
     assert {name: differences for name, differences in found.items() if differences} == {}
     assert len(found) > 5
-    assert "The checkpoint update-00000003 (0 MB) could not be written: process 1: No space left on device." in said
+    assert re.search(r"update-00000003 \(.* kB\) could not be written: process 1: No space left on device\.", said)
 
     for gone_on in torch.load(tmp_path / "gone_on.pt"):
         assert far_from(weights, gone_on) == []

@@ -160,5 +160,5 @@ def _check_faults(main: dict[str, Any], other: dict[str, Any]) -> None:
     assert main["sentences"].keys() == reasons.keys()
     for case, (sentence,) in main["sentences"].items():
         assert f"model' cannot be written: {reasons[case]}" in sentence
-        assert "The weights take 57.3 KB, and twice that while a sharded model is saved." in sentence
+        assert "The weights take 57.3 kB, and twice that while a sharded model is saved." in sentence
         assert "`save_model` of the result saves it to another place if all of them call it." in sentence

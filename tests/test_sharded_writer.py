@@ -146,7 +146,7 @@ def test_a_checkpoint_that_one_process_cannot_write_is_removed_and_the_next_one_
     in_threads(run)
     assert damage(second) is None
     (said,) = warned
-    assert said.startswith("The checkpoint update-00000003 (0 MB) could not be written: ")
+    assert said.startswith("The checkpoint update-00000003 (416 B) could not be written: ")
     assert f": process {failing}: No space left on device. Training continues" in said
 
 
@@ -165,7 +165,7 @@ def test_without_room_on_the_disk_nobody_writes(
 
     in_threads(run)
     assert list(tmp_path.iterdir()) == []
-    assert "could not be written: No space left on device (0 MB free)" in warned[-1]
+    assert "could not be written: No space left on device (415 B free)" in warned[-1]
     usage.free = total
     in_threads(run_again(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["update-00000006"]

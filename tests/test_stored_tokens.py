@@ -1,4 +1,4 @@
-"""Tokenising before training: in several processes, and stored so that later runs find the tokens."""
+"""Tokenizing before training: in several processes, and stored so that later runs find the tokens."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def tokens(file: str, tokenizer: Any, config: Any = NAMES, n_processes: int = 1)
 
 
 def never(*_arguments: Any) -> Any:
-    raise AssertionError("tokenised again")
+    raise AssertionError("tokenized again")
 
 
 def saved_tokenizer(folder: Path) -> Path:
@@ -79,7 +79,7 @@ def test_tokens_are_made_again_for_other_rows_tokenizers_and_classes(tmp_path: P
 def test_several_processes_give_the_same_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path)
     several = tokens(file, word_tokenizer(), n_processes=2)
-    assert "Tokenising train_data (num_proc=2)" in capfd.readouterr().err
+    assert "Tokenizing train_data (num_proc=2)" in capfd.readouterr().err
     (tmp_path / "alone").mkdir()
     unnamed = SimpleNamespace(label2id=NAMES.label2id, id2label=None)  # hashes otherwise
     assert several.fetch(range(8)) == tokens(file, word_tokenizer(), unnamed).fetch(range(8))
@@ -101,17 +101,17 @@ def test_a_tokenizer_that_cannot_be_sent_to_another_process_is_refused(tmp_path:
         def __reduce__(self) -> Any:
             raise TypeError("cannot be pickled")
 
-    with pytest.raises(DataError, match=r"cannot be tokenised in 2 processes.*Leave out `preprocessing_num_workers`"):
+    with pytest.raises(DataError, match=r"cannot be tokenized in 2 processes.*Leave out `preprocessing_num_workers`"):
         tokens(write(tmp_path), Stuck(), n_processes=2)
 
 
-def test_the_setting_reaches_the_tokeniser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_reaches_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     encoded = Rows.encoded
 
-    def count(self: Rows, encode: Any, columns: Any, name: str, n_processes: int = 1) -> Rows:
+    def count(self: Rows, encode: Any, columns: Any, n_processes: int = 1) -> Rows:
         asked.append(n_processes)
-        return encoded(self, encode, columns, name)
+        return encoded(self, encode, columns)
 
     monkeypatch.setattr(Rows, "encoded", count)
     model: nn.Module = causal_lm()
@@ -140,4 +140,4 @@ def test_a_second_run_of_a_program_does_not_tokenise(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert [output.returncode for output in outputs] == [0, 0], outputs[0].stderr
-    assert ["Tokenising train_data" in output.stderr for output in outputs] == [True, False]
+    assert ["Tokenizing train_data" in output.stderr for output in outputs] == [True, False]

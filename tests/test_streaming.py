@@ -409,7 +409,7 @@ ODD_TEXTS: list[tuple[Any, str, str]] = [
     ({"label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
     ({"text": None, "label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
     ({"text": ["a", "film"], "label": 1}, "row 3 cannot be put into one table", NO_TEXT.format(9, r"\['a', 'film'\]")),
-    ({"text": "\ud800", "label": 1}, "row 3 cannot be put into one table", "row 9 cannot be tokenised: TypeError"),
+    ({"text": "\ud800", "label": 1}, "row 3 cannot be put into one table", "row 9 cannot be tokenized: TypeError"),
     ({"text": "a", "label": "odd"}, "row 3 cannot be put into one table", "row 9 has the label 'odd', but the model's"),
     ({"text": "a"}, "row 3 cannot be batched", "row 9 cannot be batched"),
     (7, "row 3 is a int instead", "row 9 is a int instead"),

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, EvalPrediction, ViTConfig, ViTForImageCl
 
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
-from ftaccum.tasks.image_classification import in_colours
+from ftaccum.tasks.image_classification import in_colors
 from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, needs_image_processor, save_encoder, save_rows, task_errors
@@ -304,10 +304,10 @@ def test_a_label_that_names_two_choices_is_refused(tmp_path: Path) -> None:
 def test_images_of_16_bits_keep_their_shades() -> None:
     shades = np.tile(np.arange(0, 256, 17, dtype=np.uint16), (4, 1))
     deep, plain = Image.fromarray(shades * 257), Image.fromarray(shades.astype(np.uint8))
-    assert np.array_equal(in_colours(deep), in_colours(plain))
+    assert np.array_equal(in_colors(deep), in_colors(plain))
     for unknown in (shades.astype(np.float32) / 255, shades.astype(np.int32) * 257):
         with pytest.raises(DataError, match=r"numbers from 0 to .* it is unknown which of them is white"):
-            in_colours(Image.fromarray(unknown))
+            in_colors(Image.fromarray(unknown))
 
 
 def test_metrics_of_several_classes_and_of_numbers() -> None:

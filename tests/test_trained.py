@@ -190,7 +190,7 @@ def test_several_numbers_are_predicted_as_lists(tmp_path: Path) -> None:
     [
         (["eval"], "RUN is required: the output folder of a run, as in `ftaccum eval RUN --data test.csv`."),
         (["eval", "no/such/folder", "--data", "x.csv"], "'no/such/folder': there is no folder 'no/such'."),
-        (["eval", "{run}x", "--data", "x.csv"], "there is no such folder. Do you mean '{run}'?"),
+        (["eval", "{run}x", "--data", "x.csv"], "there is no such folder. Did you mean '{run}'?"),
         (["eval", "nothere", "--data", "x.csv"], "and the hub cannot be reached or has no such model. Check the name."),
         (["eval", "{run}"], "`--data` is required."),
         (["predict", "{run}", "--data", "x.csv"], "`--output` is required."),

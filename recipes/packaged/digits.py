@@ -33,7 +33,7 @@ def prepare() -> None:
 
 
 def save_png(file: Path, pixels: Sequence[Any]) -> None:
-    """Save the 64 values of an image, from 0 to 16, as a grey image."""
+    """Save the 64 values of an image, from 0 to 16, as a gray image."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""A dictionary as plain text. See `wordnet` for its source and licence."""
+"""A dictionary as plain text. See `wordnet` for its source and license."""
 
 import random
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Preferences for answers that ask a question, made from the packaged conversations.
 
-See `chats` for their source and licence. All texts are real, but nobody compared the answers: the preference is
+See `chats` for their source and license. All texts are real, but nobody compared the answers: the preference is
 constructed. The chosen answer is the real one, and asks something; the rejected one is from another conversation, and
 asks nothing.
 """

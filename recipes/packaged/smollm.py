@@ -34,6 +34,6 @@ def convert_gguf(file: str, folder: str) -> None:
 
     source, name = str(Path(file).parent), Path(file).name
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    # Without `dequantize`, the model counts as quantised and can be neither trained nor saved.
+    # Without `dequantize`, the model counts as quantized and can be neither trained nor saved.
     whole = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(source, gguf_file=name, quantization_config=whole).save_pretrained(folder)

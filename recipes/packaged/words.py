@@ -1,4 +1,4 @@
-"""Definitions of English words, each with the word. See `wordnet` for their source and licence."""
+"""Definitions of English words, each with the word. See `wordnet` for their source and license."""
 
 import random
 from collections.abc import Mapping, Sequence

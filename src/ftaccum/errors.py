@@ -25,6 +25,12 @@ class _Shown(reprlib.Repr):
 shown = _Shown().repr
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names for a message: at most so many, and the number of the others."""
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others
+
+
 class SettingsError(ValueError):
     """One or more arguments are invalid. `faults` has one sentence for each."""
 

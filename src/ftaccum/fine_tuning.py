@@ -14,7 +14,7 @@ from .objective.model_forward import LossFn
 from .objective.window_loss import LossInputs
 from .porting.keywords import explain_keywords
 from .rules.update_size import Pairs
-from .runtime.host import is_interactive
+from .runtime.progress_bar import is_interactive
 from .tracking.result import Result
 from .training.config import RunConfig
 from .training.metrics import ComputeMetrics, PreprocessLogits
@@ -121,7 +121,7 @@ def test_fine_tuning(
     Args:
         model: a `PreTrainedModel`, a PEFT model, or any module.
         config: the model's configuration, or any object with `vocab_size` and `pad_token_id`. None: `model.config`.
-        train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a pandas
+        train_data: a `datasets.Dataset` (tokenized, or raw text with `tokenizer`), a list of dicts, a pandas
             DataFrame, a dict of columns, a list of 1-D tensors of token ids (trained on next-token loss), or a torch
             `Dataset` of dicts or, with `loss_fn`, of `(inputs, targets)` tuples. A stream of such rows
             (`IterableDataset` of `datasets` or torch) needs `max_updates`; the main process reads it for all
@@ -208,8 +208,8 @@ def test_fine_tuning(
         num_workers: processes that collate batches ahead, for rows that are slow to make, such as images to decode.
             With 0, the next window is collated while the device computes. A worker that dies is replaced. Must be 0 for
             a stream.
-        preprocessing_num_workers: processes that tokenise raw text before training. None: the main process. A stream is
-            tokenised as it arrives, in the main process. Tokenised rows are stored in the cache of `datasets`, if they
+        preprocessing_num_workers: processes that tokenize raw text before training. None: the main process. A stream is
+            tokenized as it arrives, in the main process. Tokenized rows are stored in the cache of `datasets`, if they
             come from a file, and found again by later runs.
         sharding: "fsdp2" shards weights, gradients and optimizer state over the processes, for models that do not fit
             on one device. The model stays sharded after the run; the saved files are whole. "off": each process holds
@@ -220,7 +220,7 @@ def test_fine_tuning(
             all linear layers. A dict: arguments of `peft.LoraConfig` that replace these. Or any `peft.PeftConfig`. The
             head of a classifier is trained in full. PEFT changes the model that is passed in: `result.model` is the
             PEFT model, and `result.model.unload()` takes the adapters out.
-        tokenizer: tokenises raw text and defines the padding. Saved with the model.
+        tokenizer: tokenizes raw text and defines the padding. Saved with the model.
         data_collator: function from a list of rows to a batch of tensors, with rows as the first dimension. None pads
             columns along the tokens.
         loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for dicts. Returns a mean, or a dict

@@ -27,11 +27,11 @@ Inputs = Tensor | Mapping[str, Tensor]
 class InfoNCELoss(nn.Module):
     """Symmetric InfoNCE with a learnable temperature, as in CLIP: each row's pair against those of all other rows.
 
-    With normalised embeddings a and b, scale s = 1 / temperature, and N rows:
+    With normalized embeddings a and b, scale s = 1 / temperature, and N rows:
 
         loss = − 1/2N · Σ_i [ log softmax_j(s · a_i·b_j) at j = i  +  log softmax_j(s · a_j·b_i) at j = i ]
 
-    `inputs` has the two embeddings under `names`, each of shape (rows, dim). They need not be normalised.
+    `inputs` has the two embeddings under `names`, each of shape (rows, dim). They need not be normalized.
 
     The scale is at most `max_scale`. Beyond it, the gradient of `log_scale` is kept if it pulls the scale back, and is
     zero otherwise. So a scale that has reached the bound can still fall, as if the parameter itself were clipped.

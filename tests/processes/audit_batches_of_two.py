@@ -85,6 +85,6 @@ def check(reference: str) -> None:
 
 with all_in_float64():
     check("one batch")
-    with patch("ftaccum.accumulation.one_batch.free_per_process", lambda: 0):
+    with patch("ftaccum.accumulation.one_batch.free_memory", lambda _: 0):
         check("another cut")
 print("audited")

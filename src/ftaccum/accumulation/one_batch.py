@@ -11,9 +11,9 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import widened
 from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
+from ..runtime.device_state import peak_memory
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.host import free_per_process, peak_of_process
-from ..runtime.memory import free_on_device, is_out_of_memory
+from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from .audit_sample import AuditSample
 
@@ -48,14 +48,14 @@ class OneBatch:
 
     def _has_memory(self, sample: AuditSample) -> bool:
         """Return whether this process may try. On an accelerator, trying is safe; on a CPU, it could be killed."""
-        times, gathers = sample.times_largest, self._strategy.gathers_weights
+        times, device = sample.times_largest, self._accelerator.device
         if times > (_LARGEST_PACKED if sample.is_packed else _LARGEST):
             return False
-        if self._accelerator.device.type != "cpu":
-            # Processes that gather weights cannot recover if memory runs out in the backward pass of one of them.
-            return not gathers or times * torch.accelerator.max_memory_allocated() < free_on_device()
-        # The peak memory of the process is an upper bound for each micro-batch so far.
-        return times * peak_of_process() < free_per_process()
+        # Processes that gather weights cannot recover if memory runs out in the backward pass of one of them.
+        if device.type != "cpu" and not self._strategy.gathers_weights:
+            return True
+        # The peak memory is an upper bound for each micro-batch so far.
+        return times * peak_memory(device) < free_memory(device)
 
     def loss(self, micro: MicroBatch) -> Tensor:
         """Return the mean loss of a batch, as the model or the loss function computes it."""
@@ -107,22 +107,24 @@ class OneBatch:
         (micro,) = sample.load()
         try:
             loss = self.loss(micro)
-            return loss.item(), self._backward(loss * factor)
+            return loss.item(), self._backward(self._scaled(loss * factor))
         except RuntimeError as error:
             if self._process_group.is_single and not is_out_of_memory(error):
                 raise
             return None
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
 
     def _backward(self, loss: Tensor) -> Sequence[Tensor | None]:
         """Run the backward pass. On several processes, do not call `backward`, which would trigger DDP's hooks."""
         weights = self._strategy.weights
         if not loss.requires_grad:  # it may be a constant
             return [None] * len(weights)
-        scaled = loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
         if self._process_group.is_single:
-            scaled.backward()
+            loss.backward()
             return [p.grad for p in self._strategy.parameters]
-        return torch.autograd.grad(scaled, weights, allow_unused=True)
+        return torch.autograd.grad(loss, weights, allow_unused=True)
 
     def _gradient_of_all(
         self, sample: AuditSample | None, factor: float
@@ -134,9 +136,8 @@ class OneBatch:
         loss = self._strategy.run_together(lambda: self.loss(micro))
         if loss is None:
             return None
-        scaled = loss * factor if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss * factor)
-        if scaled.requires_grad:
-            scaled.backward()
+        if loss.requires_grad:
+            self._scaled(loss * factor).backward()
         self._strategy.end_pass()
         self._strategy.reduce(self._process_group)
         return loss.item(), [p.grad for p in self._strategy.parameters]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
 from ..errors import DataError
@@ -17,6 +16,7 @@ from ..objective.window_terms import CollectedValues, ComputedTerms, Values, Win
 from ..runtime.model_context import computes_in_16_bits, is_compiled
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
+from ..runtime.wrapped_models import inner_model
 from .failures import Failure, failure_of
 
 _MOST_DRIFT, _MOST_DRIFT_IN_16_BITS = 1e-5, 1e-2
@@ -69,7 +69,7 @@ class TwoPasses:
         terms: the terms of the objective that read the whole window.
         """
         self._model, self._objective, self._terms, self._process_group = model, objective, terms, process_group
-        self._inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self._inner = inner_model(model)
         # Graphs compiled without gradients draw other random numbers than with them.
         self._first_has_graphs = is_compiled(self._inner)
         self._device = next(model.parameters()).device
@@ -96,7 +96,7 @@ class TwoPasses:
                 return failure
         return None
 
-    def _run_first(self, micro: MicroBatch, *, is_only: bool) -> "_FirstPass":
+    def _run_first(self, micro: MicroBatch, *, is_only: bool) -> _FirstPass:
         generators, batch = Generators.now(), fresh_batch(micro.batch, self._device)
         with nullcontext() if is_only or self._first_has_graphs else torch.no_grad():
             # Not DDP, which would expect a backward pass.

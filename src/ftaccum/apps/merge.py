@@ -19,7 +19,7 @@ class MergeArguments:
     base: Text | None = _merge(None, "name or folder of the base model; none: the one that the adapters name")
 
 
-def merge_run(source: str, output: str, base: str | None = None) -> Path:
+def merge_run(source: str, output: str, base: str | None) -> Path:
     """Merge the adapters of a run into their base model, and write a plain model. Return the folder of the adapters.
 
     Args:

@@ -99,7 +99,7 @@ def parse_options(command: str, words: Sequence[str], description: str) -> Any:
         elsewhere=elsewhere,
         renamed=_RENAMED if command == "search" else None,
         positional="RUN" if command in _RUNS else None,
-    )
+    ).options
     return parsed if command not in _RUNS else [_checked_runs(command, parsed[0]), *parsed[1:]]
 
 

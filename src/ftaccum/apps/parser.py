@@ -52,12 +52,7 @@ class Parsed(NamedTuple):
     file: set[str]
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], **more: Any) -> Any:
-    """Return the `options` of `parse_given`, which has the same arguments."""
-    return parse_given(kinds, arguments, **more).options
-
-
-def parse_given(
+def parse(
     kinds: Sequence[type],
     arguments: Sequence[str],
     *,

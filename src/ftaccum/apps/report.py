@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, refuse
 from ..fields import Text, one_of, setting
 from ..insight.curves import RunCurves, axes_of
 from ..tracking.result import Result
 from ..tracking.run_curves import curves_of
-from .run_folder import find_fault
+from .run_folder import check_run_folder
 
 _report = partial(setting, group="report")
 
@@ -39,12 +39,13 @@ def read_runs(sources: Sequence[str]) -> list[RunCurves]:
     """
     names, faults, runs = _short_names(sources), [], []
     for source, name in zip(sources, names, strict=True):
+        path = Path(source).expanduser()
         try:
-            runs.append(_read_run(Path(source).expanduser(), name))
-        except (DataError, OSError) as error:
+            check_run_folder(path)
+            runs.append(curves_of(Result.load(path), name, path))
+        except (DataError, SettingsError, OSError) as error:
             faults.append(str(error))
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     return runs
 
 
@@ -55,12 +56,6 @@ def check_axis(axis: str | None, runs: Sequence[RunCurves]) -> None:
         raise SettingsError(
             [f"`--axis` is 'rows', but there is no ledger of {lacking}, which has the rows. Use `--axis updates`."]
         )
-
-
-def _read_run(path: Path, name: str) -> RunCurves:
-    if fault := find_fault(path):
-        raise DataError(fault)
-    return curves_of(Result.load(path), name, path)
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:

@@ -12,19 +12,18 @@ from ..fields import select_fields
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
-from ..tasks.arguments import TrainArguments, ValDataArguments
+from ..tasks.arguments import LOADING_SETTINGS, TEXT_SETTINGS, TrainArguments, ValDataArguments
 from .exit_status import FAILED, OK, run_and_report
 from .extra_options import declared_options, make_extra_options, plain_fields, read_extra_options
 from .help import HelpPage
 from .options import FIRST_OPTIONS
-from .parser import Parsed, parse_given
+from .parser import Parsed, parse
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 
-# `load_task` passes the first on to `test_fine_tuning`. Both of them need the others.
-_OF_TEXT = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
-_OF_BOTH = ("random_seed", "validation_split", "lora")
 # A script has one task.
 _TaskOptions = select_fields("TaskOptions", TrainArguments, {f.name for f in fields(TrainArguments)} - {"task"})
+# Options that stay as they are when a script is parsed: `test_fine_tuning` parses and checks their values.
+_OF_RUN = (Recipe, TrialRecipe, Runtime, AdapterOptions)
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,17 @@ class _Script:
         for kind in search_kinds:
             settings |= vars(parsed[kind])
         if self.for_search:
-            settings["space"] = _space(settings["space"])
+            from .search.space import read_dimensions
+
+            settings["space"] = read_dimensions(settings["space"])
         extra = None
         if self.extra is not None:
             extra = make_extra_options(self.extra, _without_other_val_data(parsed[kinds[0]], read))
         if self.task is None:
             if isinstance(extra, ValDataArguments) and not self.for_search:
-                _check_rows(extra, settings)
+                from .task_checks import check_validation
+
+                check_validation(extra, settings)
             return ScriptOptions({}, settings, extra)
         settings["lora"] = parsed[AdapterOptions].lora_argument()
         values = vars(_without_other_val_data(parsed[_TaskOptions], read))
@@ -147,8 +150,8 @@ class _Script:
 
         check = check_search if self.for_search else check_training
         check(named, settings)
-        shared = {name: settings[name] for name in (*_OF_TEXT, *_OF_BOTH) if name in settings}
-        rest = {name: value for name, value in settings.items() if name not in _OF_TEXT}
+        shared = {name: settings[name] for name in LOADING_SETTINGS if name in settings}
+        rest = {name: value for name, value in settings.items() if name not in TEXT_SETTINGS}
         return ScriptOptions(vars(named) | shared, rest, extra)
 
 
@@ -161,13 +164,11 @@ def _parse(kinds: Sequence[type], words: Sequence[str], page: HelpPage, defaults
     unknown = sorted(set(defaults) - {f.name for kind in kinds for f in fields(kind)})
     refuse([f"`run_script` has the default {name!r}, but the script has no such option." for name in unknown])
     values = {name: _as_text(value) for name, value in defaults.items()}
-    read = parse_given([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
+    read = parse([_with_defaults(kind, values) for kind in kinds], words, page=page, defaults=values)
     missing = [name for each in read.options for name in ("model", "train_data") if getattr(each, name, None) == ""]
     refuse([f"`--{name}` is required. `--help` describes it." for name in missing])
-    # A Recipe and a Runtime stay as they are: `test_fine_tuning` parses their values. So do adapters.
-    raw = (Recipe, TrialRecipe, Runtime, AdapterOptions)
     options = [
-        each if kind in raw else read_settings(type(each), vars(each))
+        each if kind in _OF_RUN else read_settings(type(each), vars(each))
         for kind, each in zip(kinds, read.options, strict=True)
     ]
     return Parsed(options, read.flags, read.file)
@@ -211,16 +212,10 @@ def _check_values(parsed: Mapping[type, Any], settings: Mapping[str, Any], *, lo
     faults = [
         fault
         for kind, each in parsed.items()
-        if kind not in (Recipe, TrialRecipe, Runtime, AdapterOptions)
+        if kind not in _OF_RUN
         for fault in find_faults(each) + read_extra_options(each)
     ]
     refuse(faults + faults_before_loading(settings, looks_at_files=looks_at_files and is_first_process()))
-
-
-def _check_rows(extra: ValDataArguments, settings: Mapping[str, Any]) -> None:
-    from .task_checks import check_validation
-
-    check_validation(extra, settings)
 
 
 def _call_at_verbosity(main: Callable[[ScriptOptions], Any], options: ScriptOptions) -> Any:
@@ -270,12 +265,6 @@ def _without_other_val_data(named: Any, read: Parsed) -> Any:
     if hasattr(named, "max_val_rows") and "max_val_rows" not in (read.flags if "train_data" in read.flags else given):
         changed["max_val_rows"] = None
     return replace(named, **changed)
-
-
-def _space(words: Sequence[str]) -> dict[str, Any]:
-    from .search.space import read_dimensions
-
-    return dict(read_dimensions(words))
 
 
 def _leave_process_group() -> None:

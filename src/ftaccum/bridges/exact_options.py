@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import refuse
-from ..fields import Rule, one_of
+from ..fields import Rule, is_positive_int, one_of
 from ..objective.item_counts import CountItems
 
 _FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
 _FUNCTION = Rule(callable, "a function").or_none()
-_AUDIT = Rule(
-    lambda value: isinstance(value, bool) or (isinstance(value, int) and value > 0),
-    "True, False or a positive integer",
-)
+_AUDIT = Rule(lambda value: isinstance(value, bool) or is_positive_int(value), "True, False or a positive integer")
 _RULES = {
     "planner": (_FLAG, "True cuts each window again, into micro-batches with less padding."),
     "loss_fn": (_FUNCTION, "It is called as `loss_fn(outputs, batch)`."),

@@ -30,7 +30,7 @@ class CheckpointDirectory:
         """
         self.folder = folder
 
-    def place(self, n_updates: int, n_epochs: int | None = None) -> Path:
+    def place(self, n_updates: int, n_epochs: int | None) -> Path:
         """Return the path of a checkpoint.
 
         Args:

@@ -10,16 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..insight.format import format_bytes
 from ..planning.base_plan import Progress
 from ..runtime.log import logger
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry
 from ..tracking.ledger_file import read_entry
-from .manifest import damage
+from .manifest import BESIDE, BEST, BUFFERS, LEDGER, OPTIMIZER, PROCESSES, STATE, WEIGHTS, damage
 from .serialization import n_bytes_in
 from .shards import Shard
-
-STATE, LEDGER, WEIGHTS, BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
-OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Snapshot:
         with (folder / LEDGER).open("w") as file:
             file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
         seconds = time.perf_counter() - started
-        logger.debug(f"Wrote a checkpoint of {self.n_bytes / 1e6:,.1f} MB in {seconds:.2f} s.")
+        logger.debug(f"Wrote a checkpoint of {format_bytes(self.n_bytes)} in {seconds:.2f} s.")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class CheckpointManager:
             raise self._stopped(by_hand)
         return saved
 
-    def after_epoch(self, *, requested: bool = False) -> bool:
+    def after_epoch(self, *, requested: bool) -> bool:
         """Save after an epoch has ended and was evaluated, and stop if any process was asked to.
 
         Return whether the run was saved.

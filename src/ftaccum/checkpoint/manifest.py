@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, written last: the size and checksum of every file."""
+"""The files of a checkpoint, and its manifest, written last: the size and checksum of each."""
 
 import hashlib
 import json
@@ -6,10 +6,13 @@ from pathlib import Path
 
 from .shard_index import shard_files
 
+STATE, LEDGER, OPTIMIZER, PROCESSES = "state.json", "ledger.jsonl", "optimizer.pt", "processes.pt"
+WEIGHTS, BUFFERS = "model/model.safetensors", "buffers.safetensors"
+BEST, BESIDE = "best.safetensors", "beside.safetensors"  # not in every checkpoint
+_REQUIRED = {STATE, LEDGER, OPTIMIZER, PROCESSES}
+_WHOLE = {WEIGHTS, BUFFERS}  # of a checkpoint that is not in shards
 _NAME = "manifest.json"
 _PIECE = 2**20
-_REQUIRED = {"optimizer.pt", "processes.pt", "state.json", "ledger.jsonl"}
-_WHOLE = {"model/model.safetensors", "buffers.safetensors"}  # of a checkpoint that is not in shards
 
 
 def seal(folder: Path, n_shards: int = 0) -> None:

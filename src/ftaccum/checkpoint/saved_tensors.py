@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..runtime.sharding.layout import Layout
 from .best_weights import assign
-from .format import BESIDE, BEST, BUFFERS, WEIGHTS
+from .manifest import BESIDE, BEST, BUFFERS, WEIGHTS
 from .shard_index import Box, read_indices, shard_files
 
 _WHOLE = {"model": WEIGHTS, "buffers": BUFFERS, "beside": BESIDE, "best": BEST}  # the file of each section

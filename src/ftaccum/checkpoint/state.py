@@ -20,7 +20,8 @@ from ..runtime.state_guards import Generators, seed_all
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.metrics_logger import MetricsLogger
 from .best_weights import BestWeights
-from .format import OPTIMIZER, Checkpoint, Snapshot, WholeTensors
+from .format import Checkpoint, Snapshot, WholeTensors
+from .manifest import OPTIMIZER
 from .optimizer_state import load_optimizer_state, optimizer_state
 from .restored_state import StateRestorer
 from .run_tensors import RunTensors

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import cast
 
+from ..insight.format import format_bytes
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.host import free_on_host
 from ..runtime.log import logger
@@ -75,7 +76,7 @@ class CheckpointWriter:
             if kept is not None:
                 size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
                 logger.info(
-                    f"Kept the newest checkpoint, from which the run can be extended: {kept} ({size / 1e6:,.1f} MB). "
+                    f"Kept the newest checkpoint, from which the run can be extended: {kept} ({format_bytes(size)}). "
                     "`keep_checkpoints=0` keeps none."
                 )
         except OSError as error:
@@ -98,7 +99,7 @@ class CheckpointWriter:
     def _warn(self, place: Path, n_bytes: int, why: str) -> None:
         there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
         logger.warning(
-            f"The checkpoint {place.name} ({_megabytes(n_bytes)}) could not be written: {why}. "
+            f"The checkpoint {place.name} ({format_bytes(n_bytes)}) could not be written: {why}. "
             f"Training continues and will try again at the next checkpoint; {there}."
         )
 
@@ -112,13 +113,9 @@ def check_disk(place: Path, n_bytes: int) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place.parent).free
     if free < n_bytes:
-        raise OSError(errno.ENOSPC, f"No space left on device ({_megabytes(free)} free)")
+        raise OSError(errno.ENOSPC, f"No space left on device ({format_bytes(free)} free)")
 
 
 def reason(error: Exception) -> str:
     """Return a clause on why a checkpoint could not be written."""
     return error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.0f} MB"

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from datasets import IterableDataset as StreamingDataset
 
 from ..errors import DataError
 from .dataset import Rows
 from .forms import by_row, without_leading_dimension
+from .iterable import is_stream
 from .row import FORMS
 
 _OF_ITERATORS = (
@@ -18,8 +18,6 @@ _OF_ITERATORS = (
     "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`, where `make_rows` is a "
     "function that yields the rows from the first one on each time it is called."
 )
-
-
 _SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 
 
@@ -35,7 +33,7 @@ def as_rows(data: Any, argument: str) -> Rows:
     if isinstance(data, Mapping):
         kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
         raise DataError(f"`{argument}` must be {FORMS}, but is {kind} instead. {_remedy_for_dict(data, argument)}")
-    if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
+    if is_stream(data):
         raise DataError(
             f"`{argument}` must be {FORMS}, but is a stream instead. "
             "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..objective.prefixed import length_columns
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
@@ -75,9 +75,7 @@ class Rows:
 
     def names_of(self, positions: Sequence[int]) -> str:
         """Return the name in messages for several rows that include a faulty one."""
-        named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
-        more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
-        return f"rows {named}{more}"
+        return f"rows {listed([str(self._name(position)) for position in positions], _NAMED)}"
 
     @property
     def row_names(self) -> list[int] | None:
@@ -193,9 +191,9 @@ class Rows:
     def on_arrival(self, step: Step) -> None:
         """Apply a step to rows as they arrive. Here, it does nothing: all rows are present, and were checked."""
 
-    def encoded(self, encode: Encode, columns: Sequence[str], name: str, n_processes: int = 1) -> "Rows":  # noqa: ARG002
+    def encoded(self, encode: Encode, columns: Sequence[str], n_processes: int = 1) -> "Rows":  # noqa: ARG002
         """Return the rows that `encode` makes of these, of `columns` alone. `encode_table` describes the arguments."""
-        return self.replaced(encode_table(self.table, encode, name, n_processes, self.argument))
+        return self.replaced(encode_table(self.table, encode, n_processes, self.argument))
 
     def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "Rows":
         """Return the rows with one column converted.

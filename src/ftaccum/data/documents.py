@@ -1,4 +1,4 @@
-"""Packed rows: several documents in one row, recognised by positions that restart."""
+"""Packed rows: several documents in one row, recognized by positions that restart."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tokenise several columns of texts, each into columns of its own."""
+"""Tokenize several columns of texts, each into columns of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def tokenize_columns(
     max_length: int | None = None,
     **options: Any,
 ) -> Dataset:
-    """Tokenise several columns of texts, each into columns with a prefix.
+    """Tokenize several columns of texts, each into columns with a prefix.
 
     `test_fine_tuning` pads the tokens of each text to its longest row.
 

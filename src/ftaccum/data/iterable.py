@@ -24,9 +24,6 @@ from .row import Row, as_row, check_row, length_of
 LOOKED_AT = 256  # rows to check before training
 _DRAWS = 0x57  # separates the random numbers of a stream from other uses of the seed
 
-# Calls a function on the main process alone, and returns its result, or raises its error, on all processes.
-FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
-
 
 def is_stream(data: Any) -> bool:
     """Return whether data can only be read in order, not by position."""
@@ -203,7 +200,7 @@ class StreamRows(Rows):
         self._held = dict(enumerate(step(list(self._held.values()), 0)))
         self._stream.steps.append(step)
 
-    def encoded(self, encode: Encode, columns: Sequence[str], name: str, n_processes: int = 1) -> "StreamRows":  # noqa: ARG002
+    def encoded(self, encode: Encode, columns: Sequence[str], n_processes: int = 1) -> "StreamRows":  # noqa: ARG002
         """Encode the rows that were read, and all that follow, in this process."""
 
         def encode_more(more: list[Row], first: int) -> list[Row]:

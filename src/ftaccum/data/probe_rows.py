@@ -19,17 +19,9 @@ from .row import class_of, length_of
 from .short_rows import LONG_ENOUGH
 
 _SAMPLE, _PROBE_ROWS = 32, 4
-
-
 _TIMES_SHORTEST = 1.5  # a row that is at most so many times as long as the shortest is quick to measure, too
-
-
-_STRIDE = 4
-
-
+_STRIDE = 4  # of models that take tokens in groups
 _GROUP, _GROUP_TOKENS = 7, 4096  # the most rare rows, and the most tokens, in one batch
-
-
 _SHORTEST = 8  # the shortest rows, which are candidates besides the sample
 
 

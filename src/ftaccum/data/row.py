@@ -11,7 +11,6 @@ from ..objective.prefixed import length_columns
 
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
-
 FORMS = (
     "a datasets.Dataset, a list of dicts, a DataFrame, a dict of columns, a list of 1-D tensors of token ids, "
     "or a torch Dataset of dicts or (inputs, targets) tuples"

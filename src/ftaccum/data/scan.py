@@ -49,7 +49,7 @@ def look_at_columns(
                 f"`{rows.argument}` lacks the columns {missing} that `train_data` has. Give it the same columns."
             )
         if every is not None:
-            check_lengths(rows, every, like or columns)
+            _check_lengths(rows, every, like or columns)
     except OddRowError as error:
         raise DataError(
             f"In `{rows.argument}`, {rows.name_of(error.place)} cannot be batched: {error}. {error.remedy}"
@@ -57,7 +57,7 @@ def look_at_columns(
     return columns
 
 
-def check_lengths(rows: Rows, every: "_List | _Table", columns: Columns) -> None:
+def _check_lengths(rows: Rows, every: "_List | _Table", columns: Columns) -> None:
     """Check the first dimension of every column.
 
     Raises:

@@ -1,6 +1,5 @@
 """The choice of the columns of raw text that a run reads: those that the user names, or the only one."""
 
-import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +7,10 @@ from typing import Any
 
 from datasets import Dataset, Json, LargeList, List, Translation, TranslationVariableLanguages, Value
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from .dataset import Rows
+from .labels import LABELS
 
-LABELS = ("labels", "label")
 _FEW = 8  # rows to look at, since the first may have no text
 _NAMED = 8  # the most columns to name in a message
 _SAMPLE = 100  # rows to find the column with the longest texts
@@ -99,20 +98,19 @@ def choose_columns(table: Dataset, argument: str, named: Sequence[str] | None, *
     return TextColumns(texts, label, others)
 
 
-_PROMPTS = "To train only on the answers to prompts, tokenise first, with labels of -100 on the prompt."
+_PROMPTS = "To train only on the answers to prompts, tokenize first, with labels of -100 on the prompt."
 
 
 def _ask_for_names(table: Dataset, argument: str, found: Mapping[str, Any], *, next_token: bool) -> str:
     samples = {name: _first_value(table, name) for name in found}
-    listed = ", ".join(f"{name!r} ({show(value)})" for name, value in itertools.islice(samples.items(), _NAMED))
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    named = listed([f"{name!r} ({show(value)})" for name, value in samples.items()], _NAMED)
     heading = "one column" if len(found) == 1 else f"{len(found)} columns"
     strings = [name for name, feature in found.items() if _is_string(feature)]
     remedies = [_name_one(table, strings, pairs=not next_token)] if strings else []
     if next_token and len(strings) > 1:
         remedies.append(_PROMPTS)
     remedies += filter(None, (_advice(repr(name), value) for name, value in samples.items()))
-    return " ".join([f"`{argument}` has {heading} of text: {listed}{more}.", *remedies])
+    return " ".join([f"`{argument}` has {heading} of text: {named}.", *remedies])
 
 
 def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
@@ -157,7 +155,7 @@ def _advice(what: str, value: Any) -> str:
     if isinstance(inner, Mapping):
         return f"To train on {what}, turn it into text first: conversations with `tokenizer.apply_chat_template`."
     if isinstance(inner, str):
-        return f"To train on {what}, tokenise first, with `tokenizer(words, is_split_into_words=True)`."
+        return f"To train on {what}, tokenize first, with `tokenizer(words, is_split_into_words=True)`."
     return f"To train on {what}, decode the bytes first." if isinstance(value, bytes) else ""
 
 
@@ -186,5 +184,4 @@ def _holds_text(feature: Any) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(map(repr, names[:_NAMED])) + more
+    return listed([*map(repr, names)], _NAMED)

@@ -1,4 +1,4 @@
-"""Tokenise rows of raw text."""
+"""Tokenize rows of raw text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,10 +32,10 @@ def tokenize(
     Args:
         next_token: whether rows predict their own tokens, as for a causal LM. Labels of whole rows are then dropped.
         warns: whether this process warns about rows. One of several processes should.
-        n_processes: the number of processes that tokenise; with 1, this process does.
+        n_processes: the number of processes that tokenize; with 1, this process does.
 
     Raises:
-        DataError: naming the first row whose text cannot be tokenised, or whose label is unknown.
+        DataError: naming the first row whose text cannot be tokenized, or whose label is unknown.
 
     Warns:
         TextWarning: if rows are truncated or have no text.
@@ -47,7 +47,7 @@ def tokenize(
     )
     encode = _RowEncoder(rows.argument, rows.row_names, columns.texts, label, labels, encoder, next_token)
     read = [*columns.texts, *([columns.label] if columns.label is not None else [])]
-    encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}", n_processes)
+    encoded = rows.encoded(encode, read, n_processes)
     return encoded.take_out((CUT, _BLANK), _Report(rows, columns, encoder) if warns else None)
 
 
@@ -61,7 +61,7 @@ class _LabelNames:
 
 @dataclass(frozen=True)
 class _RowEncoder:
-    """The function that tokenises a batch of rows.
+    """The function that tokenizes a batch of rows.
 
     `datasets` pickles it, to hash it and to send it to other processes. So it holds what decides the result, and no
     rows: two runs with the same tokenizer then find the same stored tokens.
@@ -134,7 +134,7 @@ def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[st
         names: the names of the rows, to begin messages with.
 
     Raises:
-        DataError: naming the first row that cannot be tokenised.
+        DataError: naming the first row that cannot be tokenized.
     """
     try:
         return encoder(texts)
@@ -143,8 +143,8 @@ def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[st
             try:
                 encoder([[text] for text in row])
             except Exception as alone:
-                raise DataError(f"{name} cannot be tokenised: {alone!r}. {_FIX}") from alone
-        raise DataError(f"{names[0]} and later ones cannot be tokenised together: {error!r}. Tokenise them.") from error
+                raise DataError(f"{name} cannot be tokenized: {alone!r}. {_FIX}") from alone
+        raise DataError(f"{names[0]} and later ones cannot be tokenized together: {error!r}. Tokenize them.") from error
 
 
 def most_tokens(tokenizer: Any, config: Any, model: nn.Module | None) -> int | None:

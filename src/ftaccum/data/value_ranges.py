@@ -14,6 +14,7 @@ from ..errors import DataError
 from ..objective.embedding_limits import Place, columns_of
 from ..objective.item_counts import Batch, targets_of
 from .dataset import Rows
+from .labels import LABELS
 
 _ROUNDING = 1e-3  # tolerance for labels that were computed
 _AT_ONCE = 1024  # rows to check together
@@ -72,7 +73,7 @@ class ValueRanges:
         computed; others are checked when they are loaded."""
         for (name, place), size in self.limits.items():
             self._check_column(rows, name, place, _outside(size), _of_column(name, place, size))
-        for name in ("labels", "label", "label_ids", "targets"):
+        for name in (*LABELS, "targets"):
             for is_float in (False, True):
                 if is_outside := self._outside_labels(is_float):
                     self._check_column(rows, name, None, is_outside, self._of_labels(), is_float=is_float)
@@ -144,7 +145,7 @@ def _of_column(name: str, place: int | None, size: int) -> str:
     if name == "input_ids":
         return (
             f"token id {{}}, but the model's vocabulary is 0 to {size - 1}. "
-            "Tokenise with the model's own tokenizer, or resize its embeddings."
+            "Tokenize with the model's own tokenizer, or resize its embeddings."
         )
     where = f"`{name}`" if place is None else f"element {place} of `{name}`"
     return (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .curves import Axis
+from .curves import AXIS_LABELS, Axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,13 +44,13 @@ def label_positions(axes: "Axes", axis: Axis) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_xlim(left=0)
-    axes.set_xlabel("rows trained on" if axis == "rows" else "updates")
+    axes.set_xlabel(AXIS_LABELS[axis])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def explain_line(axes: "Axes", style: Any, words: str) -> None:
-    """Say above the axes what a line of some style means, whatever its colour."""
+    """Say above the axes what a line of some style means, whatever its color."""
     from matplotlib.lines import Line2D
 
     line = Line2D([], [], color="0.5", linestyle=style, linewidth=1.2, label=words)

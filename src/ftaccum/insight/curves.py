@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 Axis = Literal["rows", "updates"]
+AXIS_LABELS: Mapping[Axis, str] = {"rows": "rows trained on", "updates": "updates"}
 VALIDATION_LOSS = "validation loss"
 
 

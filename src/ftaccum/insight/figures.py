@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _POINTS = 2400  # of all curves in a figure: two for each pixel of a large screen
 _MEANS = 10  # a curve of many updates is drawn with its running mean, over a tenth of the updates
 MIN_SMOOTHED = 50  # updates from which on a curve has a running mean
-# Of the parts of time, from the end of the style, because the first colours stand for runs. They are as different as
-# possible with normal vision and with the common forms of colour blindness.
+# Of the parts of time, from the end of the style, because the first colors stand for runs. They are as different as
+# possible with normal vision and with the common forms of color blindness.
 _PART_COLORS = ("C5", "C4", "C6", "C7")
 
 
@@ -129,13 +129,13 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def _line_of(n: int) -> dict[str, Any]:
-    """Return the colour and the dashes of the nth run's line."""
+    """Return the color and the dashes of the nth run's line."""
     dashes = dashes_of(n)
     return {"color": _color_of(n), "linestyle": (0, dashes) if dashes else "-"}
 
 
 def _color_of(n: int) -> str:
-    """Return the nth colour of the style in use, which may be the user's."""
+    """Return the nth color of the style in use, which may be the user's."""
     return color_of(n).upper()
 
 

@@ -78,7 +78,8 @@ def _plain(saved: SavedModel, place: str) -> list[str]:
     if saved.task in _PIPELINES and saved.loader is not None and saved.processor is not None:
         return _pipeline(saved, place)
     return [
-        *_imports(saved, saved.loader),
+        *_imports(saved.loader, saved.processor),
+        *_own_class(saved),
         "",
         f'model = {saved.loader or saved.class_name}.from_pretrained("{place}")',
         *_processor(saved, place),
@@ -96,7 +97,7 @@ def _adapters(saved: SavedModel, place: str) -> list[str]:
     if saved.auto_peft is not None and saved.base is not None and saved.base.on_hub:
         return [
             f"from peft import {saved.auto_peft}",
-            *(_imports(saved, None) if saved.processor else []),
+            *_imports(saved.processor),
             "",
             f'model = {saved.auto_peft}.from_pretrained("{place}"{labels})',
             *_processor(saved, place),
@@ -104,7 +105,8 @@ def _adapters(saved: SavedModel, place: str) -> list[str]:
     given = [] if saved.base is None else [_base(saved, saved.base, labels)]
     return [
         "from peft import PeftModel",
-        *_imports(saved, saved.loader if saved.base else None, with_own=saved.base is not None),
+        *_imports(saved.loader if saved.base else None, saved.processor),
+        *(_own_class(saved) if saved.base else []),
         "",
         *given,
         f'model = PeftModel.from_pretrained(base, "{place}")',
@@ -133,14 +135,17 @@ def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:
     return [given, "ignore_mismatched_sizes=True"]  # the adapters have the head
 
 
-def _imports(saved: SavedModel, loader: str | None, *, with_own: bool = True) -> list[str]:
-    """Return the lines that import from Transformers, and a comment on a class that only the user has."""
-    names = sorted(name for name in (loader, saved.processor) if name)
-    own = [f"# `{saved.class_name}` is the class of the model in the program that trained it."]
-    return [
-        *([f"from transformers import {', '.join(names)}"] if names else []),
-        *(own if with_own and saved.loader is None else []),
-    ]
+def _imports(*names: str | None) -> list[str]:
+    """Return the line that imports from Transformers, if any name is known."""
+    known = sorted(name for name in names if name)
+    return [f"from transformers import {', '.join(known)}"] if known else []
+
+
+def _own_class(saved: SavedModel) -> list[str]:
+    """Return a comment on a class that only the user has."""
+    if saved.loader is not None:
+        return []
+    return [f"# `{saved.class_name}` is the class of the model in the program that trained it."]
 
 
 def _processor(saved: SavedModel, place: str) -> list[str]:

@@ -4,7 +4,7 @@ The gradient of an update of R rows is the true gradient μ plus noise: E|g|² =
 in rows, B_simple = tr(Σ) / |G|² in McCandlish et al. 2018 (arXiv:1812.06162), where G is μ and Σ the covariance of the
 gradient of one row. ρ = |μ|² / E|g|² = 1 / (1 + B / R) is the signal's share in the gradient. A measured update yields
 two numbers: its agreement P, the product of the gradients of two random halves of its rows, has the mean |μ|²; its
-power Q is |g|². So ρ is estimated by ΣwP / ΣwQ, with weights that favour recent updates.
+power Q is |g|². So ρ is estimated by ΣwP / ΣwQ, with weights that favor recent updates.
 """
 
 import math

@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .curves import Axis, RunCurves, axes_of
+from .curves import AXIS_LABELS, Axis, RunCurves, axes_of
 from .figures import MIN_SMOOTHED, Panel, panel_figure, panels_of
 from .format import UNKNOWN
 from .page import details, figure, figures, heading, legend, named_values, page, paragraph, table
 from .style import as_svg, page_style
 
-_AXES = {"rows": "rows trained on", "updates": "updates"}
 # Without a script: of the two figures of a panel, the one whose axis is not chosen is hidden.
-_SWITCH = "".join(f"#by-{axis}:not(:checked)~.figures .by-{axis}{{display:none}}" for axis in _AXES)
+_SWITCH = "".join(f"#by-{axis}:not(:checked)~.figures .by-{axis}{{display:none}}" for axis in AXIS_LABELS)
 
 
 def report_page(runs: Sequence[RunCurves], axis: Axis | None = None) -> str:
@@ -55,7 +54,7 @@ def _curves(runs: Sequence[RunCurves], first: Axis | None) -> Iterable[str]:
         for axis in axes:
             checked = " checked" if axis == chosen else ""
             yield f'<input type="radio" name="axis" id="by-{axis}"{checked}>'
-            yield f'<label for="by-{axis}">{_AXES[axis]}</label>'
+            yield f'<label for="by-{axis}">{AXIS_LABELS[axis]}</label>'
     shown = [panel for panel in panels if len(panel.missing_in(runs)) < len(runs)]
     with page_style():
         drawn = [_figure(n, panel, runs, axis) for n, panel in enumerate(shown) for axis in _axes_of(panel, axes)]
@@ -70,7 +69,7 @@ def _axes_of(panel: Panel, axes: Sequence[Axis]) -> Sequence[Axis]:
 
 
 def _figure(n: int, panel: Panel, runs: Sequence[RunCurves], axis: Axis) -> str:
-    label = f"{panel.title} over {_AXES[axis]}" if panel.has_axis else panel.title
+    label = f"{panel.title} over {AXIS_LABELS[axis]}" if panel.has_axis else panel.title
     svg = as_svg(panel_figure(panel, runs, axis), label, f"f{n}{axis[0]}-")
     return figure(panel.title, svg, f"by-{axis}" if panel.has_axis else "")
 
@@ -115,7 +114,7 @@ def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return str(settings[name]) if name in settings else "–"
+    return str(settings[name]) if name in settings else UNKNOWN
 
 
 def _merged(orders: Sequence[list[str]]) -> list[str]:

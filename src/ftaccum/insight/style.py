@@ -1,4 +1,4 @@
-"""The look of figures: their colours in a light and a dark theme, and figures as SVG that follows the theme."""
+"""The look of figures: their colors in a light and a dark theme, and figures as SVG that follows the theme."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours of runs, light and dark.
+# Colors of runs, light and dark.
 RUN_COLORS = (
     ("#1763c6", "#6fb1ff"),
     ("#c2500a", "#ffa25e"),
@@ -21,7 +21,7 @@ RUN_COLORS = (
     ("#876300", "#e2bf4b"),
     ("#a8329b", "#f393e6"),
 )
-# Colours by CSS variable, light and dark. Figures are drawn in the light ones.
+# Colors by CSS variable, light and dark. Figures are drawn in the light ones.
 COLORS = {
     "page": ("#ffffff", "#14171c"),
     "ink": ("#20242b", "#e3e6eb"),
@@ -37,12 +37,12 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def color_of(n: int) -> str:
-    """Return the CSS variable of the colour of the nth run. After the last colour, the first follows again."""
+    """Return the CSS variable of the color of the nth run. After the last color, the first follows again."""
     return f"c{n % len(RUN_COLORS)}"
 
 
 def dashes_of(n: int) -> tuple[float, ...]:
-    """Return the dashes and gaps in the line of the nth run, which differ between runs of one colour."""
+    """Return the dashes and gaps in the line of the nth run, which differ between runs of one color."""
     return _DASHES[n // len(RUN_COLORS) % len(_DASHES)]
 
 
@@ -92,7 +92,7 @@ def theme_css() -> str:
 
 
 def as_svg(figure: "Figure", label: str, prefix: str) -> str:
-    """Return a figure as an SVG element for a page, whose colours follow the page's theme. Call it in `page_style`.
+    """Return a figure as an SVG element for a page, whose colors follow the page's theme. Call it in `page_style`.
 
     Args:
         figure: the figure.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .normalizer import widened
 
 
 def column(batch: Mapping[str, Any], name: str, argument: str, n_rows: int) -> Tensor:
@@ -52,7 +53,7 @@ def scores(inputs: Tensor | Mapping[str, Tensor], name: str) -> Tensor:
             f"The scores must be a floating-point tensor of shape (rows,) or (rows, 1), but are {_kind(given)}. Return "
             "one score per row from `loss_inputs`, or load a model with one output (`num_labels=1`)."
         )
-    return given.reshape(-1).to(torch.promote_types(given.dtype, torch.float32))
+    return widened(given.reshape(-1))
 
 
 def embeddings(inputs: Mapping[str, Tensor], names: Sequence[str], several: str | None = None) -> list[Tensor]:

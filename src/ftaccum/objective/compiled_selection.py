@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .labelled_positions import LabelledPositions
+from .normalizer import widened
 from .own_loss import logits_of
 
 _MULTIPLE = 8  # of positions: sizes of 0 and 1 would have graphs of their own
@@ -127,8 +128,7 @@ def _take_loss(_: nn.Module, __: tuple[Any, ...], logits_1PV: Tensor) -> Tensor 
 
 
 def _mean(logits_1PV: Tensor, targets_P: Tensor, ignore_index: int) -> Tensor:
-    logits_PV = logits_1PV[0].to(torch.promote_types(logits_1PV.dtype, torch.float32))
-    return F.cross_entropy(logits_PV, targets_P, ignore_index=ignore_index)
+    return F.cross_entropy(widened(logits_1PV[0]), targets_P, ignore_index=ignore_index)
 
 
 def _with_logits(outputs: Any, before: Tensor, after: Tensor) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .normalizer import widened
 from .own_loss import logits_of
 
 _SHOWN = 6  # weights, in a message
@@ -52,8 +53,7 @@ class CrossEntropy:
             )
         if self.shifted:
             labels = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)  # cutting logits would copy them
-        logits_NC = logits.reshape(-1, logits.shape[-1])
-        logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
+        logits_NC = widened(logits.reshape(-1, logits.shape[-1]))
         return F.cross_entropy(
             logits_NC,
             labels.reshape(-1),

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.state_guards import preserve_rng, seed_all
+from .item_counts import Batch, rows_of
 
 _BY_SIZE = {torch.rand, torch.randn}
 _LIKE = {torch.rand_like, torch.randn_like}
@@ -35,11 +37,14 @@ class _EqualRows(TorchFunctionMode):
 
 
 @contextmanager
-def equal_draws(n_rows: int) -> Iterator[None]:
-    """Give all rows the same random draws in every pass, and restore the generators afterwards.
+def equal_draws(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Give all rows of a batch the same random draws in every pass in eval mode, and restore the generators afterwards.
 
     Models that mask at random even in eval mode would otherwise have a different loss in every pass.
     """
-    with preserve_rng(), _EqualRows(n_rows):
+    if any(module.training for module in model.modules()):
+        yield
+        return
+    with preserve_rng(), _EqualRows(rows_of(batch)):
         seed_all(0)
         yield

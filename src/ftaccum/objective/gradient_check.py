@@ -3,19 +3,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..runtime.graph_leaves import leaves_of
-from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.memory import give_back_memory, is_out_of_memory, none_if_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import preserve_buffers
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, CountItems
 from .normalizer import Means, weighted_sum
 from .perturbation import float64_weights
+
+T = TypeVar("T")
 
 # A parameter's gradient differs if its error exceeds three bounds: the tolerance times its own norm, a hundredth of the
 # tolerance times the norm of the whole gradient, and ten times the change from another order of the rows.
@@ -192,6 +195,14 @@ def confirm_in_float64(
         if is_out_of_memory(error):
             give_back_memory()
         return found
+
+
+def if_memory_allows(run: Callable[[], T]) -> T | None:
+    """Return the result of passes with gradients; None if memory runs out."""
+    found = none_if_out_of_memory(run)
+    if found is None:
+        give_back_memory()  # a few long rows may need more than a micro-batch
+    return found
 
 
 def backward(loss: Tensor) -> None:

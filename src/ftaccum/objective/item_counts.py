@@ -6,7 +6,7 @@ which one explains the head's loss.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,21 +48,21 @@ def targets_of(batch: Batch) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def are_per_token(targets: Any) -> TypeGuard[Tensor]:
+    """Return whether targets are integers, one for each token, of shape (rows, length)."""
+    return isinstance(targets, Tensor) and targets.ndim == 2 and not targets.is_floating_point()
+
+
 class ItemCounter:
     """The ways to count a batch's loss items, by name. If several explain a loss equally well, the first is used."""
 
-    def __init__(
-        self,
-        ignore_index: int = IGNORE_INDEX,
-        class_weights: Tensor | None = None,
-        declared: Callable[[], Declared] | None = None,
-    ) -> None:
+    def __init__(self, ignore_index: int = IGNORE_INDEX, declared: Callable[[], Declared] | None = None) -> None:
         """Args:
-        class_weights: the class weights that the loss declares. Its mean is over the weights of the labels.
-        declared: returns the ignored label and the class weights that the loss declares at present; None if they stay.
+        declared: returns the ignored label and the class weights that the loss declares at present; None for a loss
+            without class weights. The mean of a loss with class weights is over the weights of the labels.
         """
         self.ignore_index = ignore_index
-        self._declared = declared or (lambda: (ignore_index, class_weights))
+        self._declared = declared or (lambda: (ignore_index, None))
         self._had_weights = self._declared()[1] is not None
         self._on_host = _OnHost()
 
@@ -85,7 +85,7 @@ class ItemCounter:
             return self.of_inputs(batch)
         integers = not targets.is_floating_point()
         names = [*(["labels"] if integers else []), "rows", "elements"]
-        if integers and targets.ndim == 2 and targets.shape[1] > 1:
+        if are_per_token(targets) and targets.shape[1] > 1:
             names.insert(1, AFTER_SHIFT)
         if integers and self._declared()[1] is not None:
             names.insert(0, "class weights")
@@ -192,7 +192,7 @@ def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
     as well, odd rows keep none. Return None if single labels of a row cannot be ignored.
     """
     targets = targets_of(batch)
-    if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):
+    if not are_per_token(targets) or not isinstance(batch, Mapping):
         return None
     labels_BL = targets.clone()
     are_few = bool(((targets[::2, 1:] != ignore_index).sum(1) <= 1).all())

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..runtime.memory import is_out_of_memory
 from ..runtime.model_context import is_compiled
+from ..runtime.model_traits import output_embeddings
 from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch_for
+from .forward import Forward
 from .gradient_check import GradientCheck, difference_of
-from .item_counts import AFTER_SHIFT, Batch, targets_of
+from .item_counts import AFTER_SHIFT, Batch, are_per_token
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .labelled_positions import LabelledPositions
-from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
@@ -30,13 +31,7 @@ _WAYS = {"labels": False, AFTER_SHIFT: True}  # whether logits predict the next 
 _GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
 
 
-def find_labelled_head(
-    model: nn.Module,
-    forward: ModelForward,
-    sample: Sample,
-    objective: Objective,
-    ignore_index: int,
-) -> LabelledHead | str:
+def find_labelled_head(model: nn.Module, sample: Sample, objective: Objective, ignore_index: int) -> LabelledHead | str:
     """Return a head that computes logits only at labelled positions, if it gives the model's own loss and gradient.
 
     Compare both on the sample: the loss in eval mode, also for rare labels, and the gradient in train mode, with equal
@@ -45,24 +40,21 @@ def find_labelled_head(
     finding.
 
     Args:
-        forward: the forward pass of the objective.
         ignore_index: the label that the loss ignores.
 
     Returns:
         The head, or the reason why all logits are computed, for a message.
     """
     way = "" if objective.report.sums else objective.report.ways.get(LOSS, "")
-    labelled = candidate_head(model, forward, sample.together, way, ignore_index)
+    labelled = candidate_head(model, objective.forward, sample.together, way, ignore_index)
     if not isinstance(labelled, LabelledHead):
         return labelled
-    comparison = _Comparison(model, forward, sample, objective, labelled)
+    comparison = _Comparison(model, sample, objective, labelled)
     found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     return labelled if found is None else found
 
 
-def candidate_head(
-    model: nn.Module, forward: ModelForward, batch: Batch, way: str, ignore_index: int
-) -> LabelledHead | str:
+def candidate_head(model: nn.Module, forward: Forward, batch: Batch, way: str, ignore_index: int) -> LabelledHead | str:
     """Return a head that computes logits only at labelled positions, not yet compared with the model's own way.
 
     Args:
@@ -72,7 +64,7 @@ def candidate_head(
     Returns:
         The head, or the reason why all logits are needed.
     """
-    head = _output_embedding(model)
+    head = output_embeddings(model)
     if head is None:
         return "the model has no output embedding"
     if (reason := _excluded(model, head, forward, batch, way)) is not None:
@@ -80,19 +72,10 @@ def candidate_head(
     return LabelledHead(model, head, LabelledPositions(_WAYS[way], ignore_index))
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, way: str) -> str | None:
+def _excluded(model: nn.Module, head: nn.Module, forward: Forward, batch: Batch, way: str) -> str | None:
     if not forward.is_own:
         return "the loss is not the model's own"
-    labels = targets_of(batch) if isinstance(batch, Mapping) else None
-    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+    if not isinstance(batch, Mapping) or not are_per_token(batch.get("labels")):
         return "the rows have no label for each token"
     if way not in _WAYS:
         return "the loss is not a plain mean over labels"
@@ -109,15 +92,8 @@ class _Comparison:
         gives_logits: whether the model returns the outputs of its head unchanged, as logits.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: ModelForward,
-        sample: Sample,
-        objective: Objective,
-        labelled: LabelledHead,
-    ) -> None:
-        self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
+    def __init__(self, model: nn.Module, sample: Sample, objective: Objective, labelled: LabelledHead) -> None:
+        self._model, self._forward, self._sample, self._objective = model, objective.forward, sample, objective
         self._labelled, self._tolerance = labelled, objective.report.tolerance
         self._prepared: Callable[[Batch], Batch] = lambda batch: batch
         self.gives_logits = False
@@ -157,8 +133,7 @@ class _Comparison:
     def _of_gradient(self) -> str | None:
         """Compare gradients of two rows, that of labelled positions in two chunks if the logits allow it."""
         together = self._sample.separate(self._sample.together, PAIRS)[0]
-        counts = {term: partial(self._count, term) for term in self._objective.terms}
-        n_half = -(-int(self._count(LOSS, together)) // 2) or 1
+        n_half = -(-int(self._objective.count(together)[LOSS]) // 2) or 1
         self._labelled.gives_logits = self.gives_logits
         sketches = []
         with training_mode(self._model, training=True), self._labelled.chunks_of(n_half):
@@ -166,13 +141,11 @@ class _Comparison:
                 self._forward.labelled_head = head
                 means = partial(self._means, needs=NeededLogits.NONE)
                 with preserve_rng():  # dropout draws the same numbers in both
-                    sketches.append(GradientCheck(self._model, means, counts, self._forward.modules).together(together))
+                    check = GradientCheck(self._model, means, self._objective.count_by_term, self._forward.modules)
+                    sketches.append(check.together(together))
         own, found = sketches
         off = difference_of(own, found, None, _GRADIENT * self._tolerance).off
         return f"the gradient differs by {off:.1e}" if off else None
-
-    def _count(self, term: str, batch: Batch) -> float:
-        return self._objective.count(batch)[term]
 
     def _losses(self, batch: Batch, head: LabelledHead | None) -> dict[str, float]:
         """Return the loss of a batch, and find out whether the model returns the outputs of its head unchanged.

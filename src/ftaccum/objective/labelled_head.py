@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..runtime.model_context import checkpoints_layers, has_graphs
+from ..runtime.model_traits import is_encoder_decoder
 from ..runtime.module_attributes import has_hooks_after, has_hooks_before
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
 from .compiled_selection import loss_in_graphs
 from .item_counts import Batch
 from .labelled_positions import LabelledPositions
+from .normalizer import widened
 from .own_loss import logits_of
 
 
@@ -58,7 +60,7 @@ class LabelledHead:
         self._around = modules_around(model, head)
         self._chunked_loss = ChunkedLoss(head, saves_memory=checkpoints_layers(model))
         self._decoder_inputs: Callable[..., Tensor] | None = None
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             self._decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def __call__(
@@ -102,8 +104,7 @@ class LabelledHead:
                 f"The logits have the shape {tuple(logits_1NV.shape)} although {len(places_N)} labelled positions "
                 "were selected before the head. Pass `loss_head='full'`."
             )
-        logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
-        return F.cross_entropy(logits_NV, targets_N), outputs
+        return F.cross_entropy(widened(logits_1NV[0]), targets_N), outputs
 
     @contextmanager
     def chunks_of(self, n_positions: int) -> Iterator[None]:

@@ -16,9 +16,8 @@ from ..runtime.state_guards import inspection_mode, training_mode
 from ..runtime.temporary_attribute import temporary_attribute
 from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
-from .forward import Forward
 from .gradient_check import GradientCheck, GradientDifference, JointGradient, confirm_in_float64, difference_of
-from .item_counts import Batch, targets_of
+from .item_counts import Batch, are_per_token, targets_of
 from .last_layer import LastLayer, can_be_lazy
 from .objective import Objective
 from .perturbation import float32_weights, perturb_head
@@ -29,7 +28,7 @@ _LEAST_SHARE = 0.1  # of the layer's weights, below which a lazy layer does not 
 _GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
 
 
-def find_last_layer(model: nn.Module, forward: Forward, sample: Sample, objective: Objective) -> LastLayer | str:
+def find_last_layer(model: nn.Module, sample: Sample, objective: Objective) -> LastLayer | str:
     """Return the last layer if computing it at the positions that are read gives the same loss and gradient, for less.
 
     Compare both on the sample, in train mode without dropout. All processes use the main process's finding.
@@ -41,12 +40,12 @@ def find_last_layer(model: nn.Module, forward: Forward, sample: Sample, objectiv
         return "the model is not on a CPU"
     if is_compiled(model):
         return "the model is compiled"
-    if _has_label_per_token(sample.together):
+    if are_per_token(targets_of(sample.together)):
         return "each token has a label"
     if not (layers := _layers(model)):
         return "the model has no list of layers"
-    comparison = _Comparison(model, forward, sample, objective)
-    with inspection_mode(model, *forward.modules):
+    comparison = _Comparison(model, sample, objective)
+    with inspection_mode(model, *objective.modules):
         found, place = of_main_process(comparison.finding(layers))
     return LastLayer(model, layers[place]) if found is None else found
 
@@ -54,13 +53,13 @@ def find_last_layer(model: nn.Module, forward: Forward, sample: Sample, objectiv
 class _Comparison:
     """A comparison of a loss and its gradient with and without a lazy last layer."""
 
-    def __init__(self, model: nn.Module, forward: Forward, sample: Sample, objective: Objective) -> None:
-        self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
-        self._mode = DeterministicMode(model, True, {}, forward.modules)
+    def __init__(self, model: nn.Module, sample: Sample, objective: Objective) -> None:
+        self._model, self._sample, self._objective = model, sample, objective
+        self._mode = DeterministicMode(model, True, {}, objective.modules)
 
     def finding(self, layers: list[nn.Module]) -> tuple[str | None, int]:
         """Return why the last layer is computed at all positions, or None, and its place among the layers."""
-        with float32_weights(self._model, *self._forward.modules) as prepared, perturb_head(self._model):
+        with float32_weights(self._model, *self._objective.modules) as prepared, perturb_head(self._model):
             try:
                 return self._compared(prepared(self._sample.together), layers)
             except Exception as error:  # a model may use its hidden states in ways that lazy ones do not support
@@ -104,25 +103,17 @@ class _Comparison:
             with last_layer.lazily():
                 return compare(own, self._losses_and_gradient(convert(batch)))
 
-        difference = confirm_in_float64(compare(own, found), in_float64, self._model, *self._forward.modules)
+        difference = confirm_in_float64(compare(own, found), in_float64, self._model, *self._objective.modules)
         return f"the gradient differs by {difference.off:.1e}" if difference.off else None
 
     def _losses_and_gradient(self, batch: Batch) -> JointGradient:
-        counts = {term: partial(self._count, term) for term in self._objective.terms}
+        check = GradientCheck(self._model, self._means, self._objective.count_by_term, self._objective.modules)
         with self._mode.passes():
-            return GradientCheck(self._model, self._means, counts, self._forward.modules).with_losses(batch)
+            return check.with_losses(batch)
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         given = fresh_batch_for(self._model, batch)
-        return self._forward(self._model, given, self._objective.count(batch))[0]
-
-    def _count(self, term: str, batch: Batch) -> float:
-        return self._objective.count(batch)[term]
-
-
-def _has_label_per_token(batch: Batch) -> bool:
-    targets = targets_of(batch)
-    return targets is not None and targets.ndim == 2 and not targets.is_floating_point()
+        return self._objective.forward(self._model, given, self._objective.count(batch))[0]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

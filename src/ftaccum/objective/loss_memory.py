@@ -1,12 +1,12 @@
 """The memory that a loss over the window takes for a given number of rows, predicted from a few small ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..runtime.state_guards import preserve_rng
+from .forward import total_of
 from .window_loss import WindowLoss
 from .window_terms import Values
 
@@ -27,21 +27,18 @@ class LossMemory:
         return self.constant + self.linear * n_rows + self.square * n_rows**2
 
     @classmethod
-    def measure(cls, window_loss: WindowLoss, values: Values, total: Callable[[object], Tensor]) -> "LossMemory | None":
+    def measure(cls, window_loss: WindowLoss, values: Values) -> "LossMemory | None":
         """Count the bytes that the loss keeps for its backward pass, with a few numbers of rows.
 
         Args:
             values: what the loss reads of a few rows, which are repeated.
-            total: converts what `loss_fn` returns to one scalar.
 
         Returns:
             None if the loss cannot be computed for repeated rows.
         """
         try:
             with preserve_rng(), torch.enable_grad():
-                few, twice, four_times = (
-                    _bytes_kept(window_loss, values, n, total) for n in (_ROWS, 2 * _ROWS, 4 * _ROWS)
-                )
+                few, twice, four_times = (_bytes_kept(window_loss, values, n) for n in (_ROWS, 2 * _ROWS, 4 * _ROWS))
         except Exception:  # the loss may not accept repeated rows
             return None
         square = max(0.0, (four_times - 3 * twice + 2 * few) / (6 * _ROWS**2))
@@ -50,7 +47,7 @@ class LossMemory:
         return cls(*(_OF_BACKWARD * part for part in (constant, linear, square)))
 
 
-def _bytes_kept(window_loss: WindowLoss, values: Values, n_rows: int, total: Callable[[object], Tensor]) -> int:
+def _bytes_kept(window_loss: WindowLoss, values: Values, n_rows: int) -> int:
     """Return the bytes that the loss of some rows keeps for its backward pass."""
     repeated = {name: value[torch.arange(n_rows, device=value.device) % len(value)] for name, value in values.items()}
     inputs = {name: v for name, v in WindowLoss.inputs(repeated).items() if v.is_floating_point()}
@@ -62,6 +59,6 @@ def _bytes_kept(window_loss: WindowLoss, values: Values, n_rows: int, total: Cal
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = total(window_loss.loss({**repeated, **{n: v.detach().requires_grad_() for n, v in inputs.items()}}))
+        loss = total_of(window_loss.loss({**repeated, **{n: v.detach().requires_grad_() for n, v in inputs.items()}}))
     del loss  # it holds the tensors until now, so that no two have the same address
     return sum(kept.values())

@@ -12,7 +12,7 @@ from .item_counts import Batch
 from .model_forward import ModelForward, is_label
 from .objective import Objective
 from .perturbation import perturb_head
-from .sample import UNEQUAL, Sample
+from .sample import Sample
 
 _WITHIN = 1e-3  # relative
 
@@ -40,15 +40,10 @@ def find_divisor(model: nn.Module, objective: Objective, sample: Sample) -> int 
     try:
         own = ModelForward(model, together, None)
         with inspection_mode(model, *objective.modules), perturb_head(model), IndexGuard():
-            ratios = (_ratio(model, own, objective, batch) for batch in _batches(sample))
+            ratios = (_ratio(model, own, objective, batch) for batch in (together, *sample.separate(together)))
             return _whole_number(ratio for ratio in ratios if ratio is not None)
     except Exception:  # the model computes no loss from these labels, which are for `loss_fn`
         return None
-
-
-def _batches(sample: Sample) -> Iterator[Batch]:
-    yield sample.together
-    yield from sample.separate(sample.together, UNEQUAL)
 
 
 def _ratio(model: nn.Module, own: ModelForward, objective: Objective, batch: Batch) -> float | None:

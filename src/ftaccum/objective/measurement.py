@@ -1,7 +1,6 @@
 """A measurement of a loss: its count, and the differences that are left between one batch and separate ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,14 +13,14 @@ from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import Forward
 from .hidden_state import HiddenState
-from .item_counts import AFTER_SHIFT, OF_USER, Batch, CountItems, ItemCounter, rows_of
+from .item_counts import AFTER_SHIFT, OF_USER, Batch, CountItems, ItemCounter
 from .measured_counts import MeasuredCounts, chosen_counts, count_of_term
 from .normalizer import means_of_sums
 from .perturbation import perturb_head
-from .probe import EXPLAINED, Cut, Explanation, Losses, Ways, cache_losses, choose, explain
+from .probe import EXPLAINED, Explanation, Losses, Ways, cache_losses, choose, explain
 from .recount import Observed, RareCheck, Recount
 from .report import ExactnessReport
-from .sample import UNEQUAL, Sample
+from .sample import Sample
 from .span_loss import WITHIN, span_counts
 from .structure import ObservedPasses, check_means, without_items
 from .train_mode import TrainMode
@@ -68,19 +67,20 @@ class Measurement:
         with perturb_head(self.model):
             losses = cache_losses(self.losses)
             counts = self._count(losses, tolerance)
-            joint, alone = losses(self.sample.together), [losses(row) for row in self._apart(self.sample.together)[:2]]
+            together = self.sample.together
+            joint, alone = losses(together), [losses(row) for row in self.sample.separate(together)[:2]]
             unlike = self._explain(losses, counts.with_items, tolerance).with_differences(
                 {term: recount.difference for term, recount in counts.recounts.items()}
             )
             train_mode = TrainMode(self.model, self.mode, self.sample, self.means, self.losses)
-            together = train_mode.gradient_together(counts.by_term)
-            known = None if together is None else together.losses
+            gradient_together = train_mode.gradient_together(counts.by_term)
+            known = None if gradient_together is None else gradient_together.losses
             in_training = train_mode.in_training(counts.with_items, joint, known)
             off = max(
                 self.hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift
             )
-            together = together if off <= tolerance else None
-            gradient = train_mode.gradient(together, counts.by_term, 10 * tolerance)
+            compared = gradient_together if off <= tolerance else None
+            gradient = train_mode.gradient(compared, counts.by_term, 10 * tolerance)
         explanation = unlike.worst(self._explain_as_it_is(counts, tolerance))
         unexplained = {term for term, off in explanation.differences.items() if off > tolerance}
         measures = self.count_items is None and not self.sums
@@ -110,10 +110,10 @@ class Measurement:
     def _count(self, losses: Losses, tolerance: float) -> MeasuredCounts:
         """Choose how to count each term."""
         together, item_counter, ways = self.sample.together, self.item_counter, self.ways()
-        names = choose(losses, together, self._apart, ways, item_counter.ignore_index)
+        names = choose(losses, together, self.sample.separate, ways, item_counter.ignore_index)
         # The user's count does not show whether labels are shifted, but the loss does.
         every = dict.fromkeys(ways, item_counter.applicable(together))
-        nearest = choose(losses, together, self._apart, every, item_counter.ignore_index)
+        nearest = choose(losses, together, self.sample.separate, every, item_counter.ignore_index)
         unlike = self._explain(losses, chosen_counts(ways, names), tolerance)
         # A term that no count explains probably looks at all tokens together. So may a term that eval mode leaves out.
         parts = self.forward.parts
@@ -129,7 +129,8 @@ class Measurement:
         return MeasuredCounts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
 
     def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:
-        return explain(losses, self.sample.together, self._cut, self.own_width, chosen, tolerance)
+        cut = None if self.sample.cut is None else self.sample.separate
+        return explain(losses, self.sample.together, cut, self.sample.own_width, chosen, tolerance)
 
     def _explain_as_it_is(self, counts: MeasuredCounts, tolerance: float) -> Explanation:
         """Explain the loss with the model's own weights, without noise on its head."""
@@ -144,22 +145,9 @@ class Measurement:
             {term: check.difference(term, count) for term, count in counts.own_rules.items()}
         )
 
-    @property
-    def _cut(self) -> Cut | None:
-        return None if self.sample.cut is None else lambda batch: self.sample.separate(batch, UNEQUAL)
-
-    @property
-    def own_width(self) -> Sequence[Batch]:
-        """The rows in groups of unequal size, each padded to its own width; empty if that is impossible."""
-        return [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
-
-    def _apart(self, batch: Batch) -> Sequence[Batch]:
-        """Return the rows in groups of unequal size, at the width of the batch if possible."""
-        return self.sample.separate(batch, UNEQUAL)
-
     def _rare_check(self, losses: Losses) -> RareCheck:
         together = self.sample.together
-        first = Observed.of(losses, together, self._apart(together))
+        first = Observed.of(losses, together, self.sample.separate(together))
         return RareCheck(losses, first, self.sample, self.item_counter.ignore_index)
 
     @property
@@ -223,8 +211,7 @@ class Measurement:
     def _run(self, batch: Batch, run: Callable[[nn.Module, Batch], T]) -> tuple[T, WatchedBatch]:
         """Run a pass on a copy of a batch; in eval mode with equal random draws for all rows."""
         watched = WatchedBatch(self.on_device(batch))
-        trains = any(module.training for module in self.model.modules())
-        with nullcontext() if trains else equal_draws(rows_of(batch)):
+        with equal_draws(self.model, batch):
             return run(self.model, watched.batch), watched
 
     def on_device(self, batch: Batch) -> Batch:

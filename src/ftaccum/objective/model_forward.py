@@ -4,14 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError
+from ..runtime.adapters import base_of
+from ..runtime.model_traits import is_encoder_decoder
 from .forward import Forward
 from .item_counts import AFTER_SHIFT, IGNORE_INDEX, Batch, targets_of
+from .normalizer import widened
 from .own_loss import logits_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -52,7 +54,7 @@ class ModelForward(Forward):
         )
         # Some Transformers models compute a loss without labels, but only on request.
         self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
-        self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._needs_labels = is_encoder_decoder(model)
         # An encoder-decoder makes its decoder's inputs from the labels, so it needs them even with a `loss_fn`.
         self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
 
@@ -152,7 +154,7 @@ def accepted_arguments(model: nn.Module) -> set[str] | None:
 
     A Transformers model names the arguments that it uses, and passes its `**kwargs` on to the attention.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_of(model)
     parameters = inspect.signature(base.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -176,6 +178,5 @@ def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:
             f"For the next-token loss, the model must return logits of shape (rows, length, vocabulary), but returns "
             f"{tuple(logits_BLV.shape)} for token ids of shape {tuple(labels_BL.shape)}. Give a `loss_fn`."
         )
-    logits_NV = logits_BLV[:, :-1].flatten(0, 1)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logits_NV = widened(logits_BLV[:, :-1].flatten(0, 1))
     return F.cross_entropy(logits_NV, labels_BL[:, 1:].flatten(), ignore_index=IGNORE_INDEX)

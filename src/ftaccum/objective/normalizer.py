@@ -141,9 +141,9 @@ def gathered_with(
     return summed
 
 
-def widened(mean: Tensor) -> Tensor:
-    """Return the mean in at least float32: in bf16, a weight such as 1/3 would be off by 0.2%."""
-    return mean.to(torch.promote_types(mean.dtype, torch.float32))
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in at least float32: in bf16, a weight such as 1/3 would be off by 0.2%."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..runtime.module_attributes import ModuleAttributes
 from .batch_changes import WatchedBatch
 from .forward import Forward
-from .item_counts import Batch
+from .item_counts import Batch, CountItems
 from .labelled_head import LabelledHead, NeededLogits
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
@@ -23,6 +23,7 @@ class Objective:
     """The named mean losses that training minimizes, and how to count the loss items of each.
 
     Attributes:
+        forward: the forward pass, whose loss this is.
         terms: the names of the means.
         count: maps a collated batch to its number of loss items, by term.
         report: how the counts were found, and how exact they are.
@@ -36,7 +37,7 @@ class Objective:
         report: ExactnessReport,
         window: WindowTerms | None = None,
     ) -> None:
-        self._forward, self.window = forward, window
+        self.forward, self.window = forward, window
         self.terms = tuple(report.ways)
         self.count = count
         self.report = report
@@ -49,51 +50,60 @@ class Objective:
         return self.window is not None and set(self.window.names) == set(self.terms)
 
     @property
+    def count_by_term(self) -> dict[str, CountItems]:
+        """The functions that count the loss items of a batch, one for each term."""
+
+        def count_of(term: str) -> CountItems:
+            return lambda batch: self.count(batch)[term]
+
+        return {term: count_of(term) for term in self.terms}
+
+    @property
     def modules(self) -> Sequence[nn.Module]:
         """The modules that compute the loss, besides the model."""
-        return self._forward.modules
+        return self.forward.modules
 
     @property
     def state(self) -> Mapping[str, Any]:
         """The functions and modules whose state decides how the loss is computed, besides the model, by name."""
-        return self._forward.state
+        return self.forward.state
 
     @property
     def labelled_head(self) -> LabelledHead | None:
         """The head that computes logits only at labelled positions; None if the model computes them all."""
-        return self._forward.labelled_head
+        return self.forward.labelled_head
 
     def attributes_before_lazy_passes(self) -> ModuleAttributes | None:
         """Return the attributes of modules before passes with a lazy last layer; None if it is whole.
 
         If such a pass raises `LazyError`, restore them, and repeat the window with the whole layer.
         """
-        last_layer = self._forward.last_layer
+        last_layer = self.forward.last_layer
         return None if last_layer is None else last_layer.attributes(*self.modules)
 
     @contextmanager
     def lazy_last_layer(self) -> Iterator[None]:
         """Compute the last layer only at the positions that are read, until exit. A pass may raise `LazyError`."""
-        before, self._forward.is_lazy = self._forward.is_lazy, True
+        before, self.forward.is_lazy = self.forward.is_lazy, True
         try:
             yield
         finally:
-            self._forward.is_lazy = before
+            self.forward.is_lazy = before
 
     def log_failed_lazy_pass(self, error: Exception) -> None:
         """Log that a window is repeated with the whole last layer."""
-        if self._forward.last_layer is not None:
-            self._forward.last_layer.log_failed_pass(error)
+        if self.forward.last_layer is not None:
+            self.forward.last_layer.log_failed_pass(error)
 
     @property
     def computes_fewer_positions(self) -> bool:
         """Whether passes of training compute fewer positions than the model itself, and so round differently."""
-        return self._forward.labelled_head is not None or self._forward.last_layer is not None
+        return self.forward.labelled_head is not None or self.forward.last_layer is not None
 
     @property
     def loss_place(self) -> int | None:
         """The position of the model's own loss among its outputs in eval mode, if they have no names."""
-        return self._forward.loss_place
+        return self.forward.loss_place
 
     def means(
         self,
@@ -117,7 +127,7 @@ class Objective:
             DataError: if the loss has other terms, or other items, than were counted.
         """
         watched = WatchedBatch(batch)
-        found, outputs = self._forward(model, batch, counts, needs)
+        found, outputs = self.forward(model, batch, counts, needs)
         if any(counts.values()) and not self.report.counts_before_changes:
             refuse_other_counts(watched, self.count, counts, rows)
         self._check_terms(found, counts, terms, rows)
@@ -142,7 +152,7 @@ class Objective:
             means, outputs = self.means(model, batch, counts, terms, rows, needs=needs)
             return means, {}, outputs
         if self.is_over_window:
-            outputs = self._forward.outputs(model, batch)
+            outputs = self.forward.outputs(model, batch)
             return {}, self.window.read(outputs, batch), outputs
         means, outputs = self.means(model, batch, counts, terms, rows, needs=needs)
         others = {term: mean for term, mean in means.items() if term not in self.window.names}
@@ -174,8 +184,8 @@ class Objective:
             places: the positions of the rows in their window, for a loss over the window; empty if they are in order.
         """
         if not self.report.sums:
-            return self._forward.unweighted_loss(model, batch, places)
-        sums, _ = self._forward(model, batch)
+            return self.forward.unweighted_loss(model, batch, places)
+        sums, _ = self.forward(model, batch)
         return torch.stack(list(means_of_sums(sums, counts).values())).sum()
 
     def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:

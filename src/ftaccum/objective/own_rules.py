@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, targets_of
+from .item_counts import AFTER_SHIFT, TOKEN_COLUMNS, Batch, are_per_token, targets_of
 from .prefixed import is_tokens_column
 
 TARGETS = "labels"  # the name of the targets, also of those in a tuple
@@ -174,7 +174,7 @@ def items_of(batch: Batch, ignore_index: int) -> list[Items]:
     columns with several numbers per row.
     """
     targets, tensors = targets_of(batch), _tensors(batch)
-    can_shift = targets is not None and targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
+    can_shift = are_per_token(targets) and targets.shape[1] > 1
     n_rows = next(iter(tensors.values())).shape[:1]
     found = []
     for name, values in sorted(tensors.items(), key=lambda column: column[0] != TARGETS):

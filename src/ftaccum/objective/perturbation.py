@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..runtime.model_traits import output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import cast_tensors, preserve_gradients
 from .item_counts import Batch
@@ -124,12 +125,8 @@ def _is_real(value: Any) -> bool:
 
 def _last_weight(model: Any) -> Tensor | None:
     model = model_to_save(model)  # after which a wrapper may have a teacher
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    weight = getattr(head, "weight", None)
-    candidates = [p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point() and p.numel()]
+    weight = getattr(output_embeddings(model), "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight
+    candidates = [p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point() and p.numel()]
     return candidates[-1] if candidates else None

@@ -118,7 +118,7 @@ def explain(
     losses: Losses,
     together: Batch,
     cut: Cut | None,
-    padded_apart: Sequence[Batch],
+    padded: Sequence[Batch],
     chosen: Mapping[str, CountItems],
     tolerance: float = EXPLAINED,
 ) -> Explanation:
@@ -128,13 +128,13 @@ def explain(
         losses: maps a batch to its means by term.
         together: a batch of a few rows.
         cut: splits `together` into groups of rows of unequal size; None if that is impossible.
-        padded_apart: the same groups, each padded to its own width; empty if there are none.
+        padded: the same groups, each padded to its own width; empty if there are none.
         chosen: the way to count each term.
         tolerance: the largest difference that counts as rounding.
     """
     joint = losses(together)
-    groups = [group for group in (cut(together) if cut else [], padded_apart) if group]
-    assert groups, "`cut` or `padded_apart` is given"
+    groups = [group for group in (cut(together) if cut else [], padded) if group]
+    assert groups, "`cut` or `padded` is given"
     found, adds_up = [], False
     for separate in reversed(groups):
         means = [losses(part) for part in separate]

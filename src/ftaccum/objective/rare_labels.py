@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .item_counts import TOKEN_COLUMNS, Batch, targets_of
+from .item_counts import TOKEN_COLUMNS, Batch, are_per_token
 from .sample import Sample
 
 
@@ -24,8 +24,8 @@ def with_rare_labels(sample: Sample, ignore_index: int) -> list[Batch] | None:
         have no label for each token, or cannot be split.
     """
     together, rare = sample.together, [group.together for group in sample.rare]
-    labels_BL = targets_of(together) if isinstance(together, Mapping) else None
-    if labels_BL is None or labels_BL.ndim != 2 or labels_BL.is_floating_point() or sample.cut is None:
+    labels_BL = together.get("labels") if isinstance(together, Mapping) else None
+    if not are_per_token(labels_BL) or sample.cut is None:
         return None
     if any(batch.keys() - {*TOKEN_COLUMNS, "labels"} for batch in rare):
         return None

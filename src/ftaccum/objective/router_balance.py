@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import DataError
-from .normalizer import widest_float
+from .normalizer import widened, widest_float
 
 # The model's own number has float32's rounding: 1e-7 in batches of up to 260,000 tokens. Wrong readings can be as close
 # as 2e-6: with a balanced router, all are close to k.
@@ -241,6 +241,4 @@ def _is_layers(value: Any) -> TypeGuard[Sequence[Tensor]]:
 def _probabilities(layer_NE: Tensor, router: Router) -> Tensor:
     if router == "probabilities":
         return layer_NE
-    if router == "softmax in float32":
-        layer_NE = layer_NE.to(torch.promote_types(layer_NE.dtype, torch.float32))
-    return layer_NE.softmax(-1)
+    return (widened(layer_NE) if router == "softmax in float32" else layer_NE).softmax(-1)

@@ -1,6 +1,6 @@
 """The user's loss over a window: its value, and its gradients by rows and by parameters."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..runtime.memory import AgreedOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
+from .forward import scalars_of
 from .item_counts import Batch
 from .normalizer import Means, widened
 from .window_loss import WindowLoss
@@ -23,20 +24,13 @@ from .window_terms import CollectedValues, ComputedTerms, Values, WindowPart, Wi
 class RowTerms(WindowTerms):
     """The terms of a loss that reads values of all rows of a window, such as their embeddings."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        window_loss: WindowLoss,
-        means: Callable[[Any], Means],
-        parameters: Callable[[], Iterable[nn.Parameter]],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, names: Sequence[str], window_loss: WindowLoss, model: nn.Module) -> None:
         """Args:
-        means: converts what `loss_fn` returns to scalars by term.
-        parameters: returns the parameters that the loss may read itself.
+        model: the model on its device, before it is wrapped. The loss may read its parameters itself.
         """
         self.names = tuple(names)
-        self._window_loss, self._means, self._parameters, self._device = window_loss, means, parameters, device
+        self._window_loss, self._model = window_loss, model
+        self._device = next(model.parameters()).device
 
     def read(self, outputs: Any, batch: Batch) -> Values:
         return self._window_loss.read(outputs, batch)
@@ -83,7 +77,7 @@ class RowTerms(WindowTerms):
         """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
         inputs = {name: value for name, value in WindowLoss.inputs(values).items() if value.is_floating_point()}
         inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-        means = self._means(self._window_loss.loss({**values, **inputs}))
+        means = scalars_of(self._window_loss.loss({**values, **inputs}))
         if set(means) != set(self.names):
             raise DataError(
                 f"`loss_fn` returns the terms {sorted(means)} for an update, but {sorted(self.names)} in the check "
@@ -91,7 +85,8 @@ class RowTerms(WindowTerms):
             )
         total = torch.stack([widened(mean) for mean in means.values()]).sum()
         # A loss may hold the model, or its parameters, as attributes. Each of them counts once.
-        parameters = [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]
+        all_parameters = dict.fromkeys((*self._model.parameters(), *self._window_loss.parameters()))
+        parameters = [p for p in all_parameters if p.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
         if total.requires_grad:
             with suspend_tensor_hooks(parameters):  # they run in the backward pass of the second pass

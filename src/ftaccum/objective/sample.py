@@ -10,6 +10,7 @@ Evidence = tuple[str, Sequence[float]]  # a column of a batch, and values in it 
 
 # Groups of four rows. Unequal sizes show which way to count is right. Batch norm needs more than a single row.
 SINGLE, UNEQUAL, PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
+REVERSED = (3, 2, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,24 @@ class Sample:
     further: Callable[[Sequence[Evidence]], Sequence[RowGroup]] = lambda _: ()
     short: "Sample | None" = None
 
-    def separate(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
+    def separate(self, batch: Batch, groups: Groups = UNEQUAL) -> Sequence[Batch]:
         """Return a batch of the four rows in groups, at the width of the batch if possible."""
         if self.cut is not None:
             return self.cut(batch, groups)
         assert self.collated is not None, "`cut` or `collated` is given"
         return self.collated(groups)
+
+    @property
+    def own_width(self) -> Sequence[Batch]:
+        """The four rows in groups of unequal size, each padded to its own width; empty if that is impossible."""
+        return [] if self.collated is None else self.collated(UNEQUAL)
+
+    @property
+    def parts(self) -> Sequence[Batch]:
+        """The four rows in groups of unequal size, each padded to its own width if possible."""
+        return self.own_width or self.separate(self.together)
+
+    @property
+    def reordered(self) -> Batch | None:
+        """The four rows in reverse order as one batch; None if their order is fixed."""
+        return None if self.cut is None else self.cut(self.together, (REVERSED,))[0]

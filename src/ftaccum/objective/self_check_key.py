@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import model_has_hooks
 from ..runtime.model_wrapper import ModelWrapper, configs_in
+from ..runtime.module_attributes import OF_EVERY_MODULE
+from ..runtime.watched_state import names_in
 from .item_counts import Batch
 from .prefixed import is_tokens_column
 from .sample import Sample
@@ -26,7 +28,7 @@ from .sample import Sample
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "liger_kernel", "triton", "ftaccum")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_OF_MODULES = vars(nn.Module()).keys() - {"training"}
+_OF_MODULES = OF_EVERY_MODULE - {"training"}
 _DEPTH = 6  # levels of functions, containers and objects to follow
 _MOST_NUMBERS = 1_000_000  # of a tensor that a loss holds
 _SMALL = 4096  # numbers of a buffer of the model that may be weights of classes, say
@@ -180,21 +182,13 @@ def _of_function(function: FunctionType, depth: int) -> list[Any]:
 
 def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the global names that a function may read, also those of modules, with their values."""
-    names = sorted(set(_names_in(function.__code__)))
+    names = sorted(names_in(function.__code__))
     for name in names:
         if name in function.__globals__:
             value = function.__globals__[name]
             yield name, value
             if isinstance(value, ModuleType):  # a setting that may have been changed since
                 yield name, [(n, vars(value)[n]) for n in names if _plain(vars(value).get(n)) not in (None, "None")]
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names in a function, and in functions inside it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names_in(inner)
 
 
 def _of_code(code: CodeType) -> str:

@@ -23,7 +23,6 @@ from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, backward
 from .item_counts import AFTER_SHIFT, Batch, CountItems, relabelled, tensors_of
 from .labelled_head import LabelledHead, NeededLogits
-from .measured_counts import chosen_counts
 from .measurement import Measurement
 from .own_loss import LOSS
 from .perturbation import float32_weights, perturb_head
@@ -31,7 +30,7 @@ from .probe import EXPLAINED, Explanation, relative
 from .rare_labels import with_rare_labels
 from .recount import Observed
 from .report import ExactnessReport, InTraining
-from .sample import UNEQUAL, RowGroup
+from .sample import RowGroup
 from .self_check_cache import Verdict
 from .span_loss import is_span_loss
 from .structure import ObservedPasses
@@ -45,9 +44,9 @@ def length_of_longest(measurement: Measurement) -> int:
 def confirmed(
     measurement: Measurement,
     verdict: Verdict,
-    labelled_head: LabelledHead | None = None,
+    labelled_head: LabelledHead | None,
     *,
-    with_gradient: bool = True,
+    with_gradient: bool,
 ) -> ExactnessReport | None:
     """Return the report that a verdict stands for, if the rows agree with it; else None.
 
@@ -103,7 +102,8 @@ def found_in_losses(measurement: Measurement) -> ExactnessReport | None:
 
 
 def _found(measurement: Measurement) -> ExactnessReport | None:
-    together, parts, separate = measurement.sample.together, _parts(measurement), _SeparateBatches(measurement, None)
+    sample, separate = measurement.sample, _SeparateBatches(measurement, None)
+    together, parts = sample.together, sample.parts
     if not _repeats(measurement, parts):
         return None
     observed = _observed(measurement, separate, together, parts)
@@ -206,7 +206,7 @@ def _chosen(measurement: Measurement, separate: _SeparateBatches, observed: Obse
     found = [way for way in ways if explains(way, observed)]
     asking = relabelled(sample.together, measurement.item_counter.ignore_index) if len(found) > 1 else None
     if asking is not None:
-        again = _observed(measurement, separate, asking, sample.separate(asking, UNEQUAL))
+        again = _observed(measurement, separate, asking, sample.separate(asking))
         found = [] if again is None else [way for way in found if explains(way, again)]
     return Verdict(found[0], len(ways) > 1, found[0] == AFTER_SHIFT, length_of_longest(measurement)) if found else None
 
@@ -226,12 +226,12 @@ def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _S
     """
     if measurement.knows_count:
         return True
-    count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
-    sample, relabelled = measurement.sample, with_rare_labels(measurement.sample, measurement.item_counter.ignore_index)
-    if relabelled is None:
+    sample, count = measurement.sample, measurement.ways()[LOSS][verdict.way]
+    batches = with_rare_labels(sample, measurement.item_counter.ignore_index)
+    if batches is None:
         groups = [(group.together, _parts_of(group)) for group in sample.rare]
     else:
-        groups = [(batch, list(sample.separate(batch, UNEQUAL))) for batch in relabelled]
+        groups = [(batch, list(sample.separate(batch))) for batch in batches]
     if not groups:
         return True
     with perturb_head(measurement.model):
@@ -250,28 +250,22 @@ def _parts_of(group: RowGroup) -> list[Batch]:
 
 def _loss(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> float | None:
     """Return the loss of the rows in one batch; None if that of separate ones differs."""
-    count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
-    observed = _observed(measurement, separate, measurement.sample.together, _parts(measurement))
-    agrees = observed is not None and observed.difference(LOSS, count) <= EXPLAINED
-    return observed.joint[LOSS] if observed is not None and agrees else None
+    observed = _observed(measurement, separate, measurement.sample.together, measurement.sample.parts)
+    if observed is None or observed.difference(LOSS, measurement.ways()[LOSS][verdict.way]) > EXPLAINED:
+        return None
+    return observed.joint[LOSS]
 
 
 def _gradients_agree(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> bool:
     """Return whether the gradient of separate batches is that of one, and neither 0 nor infinite."""
     sample, model, modules = measurement.sample, measurement.model, measurement.forward.modules
-    counts = chosen_counts(measurement.ways(), {LOSS: verdict.way})
-    reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
+    counts = {LOSS: measurement.ways()[LOSS][verdict.way]}
     check = GradientCheck(model, measurement.means, counts, modules, separate.means)
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
         joint = check.together(sample.together)
         if not math.isfinite(joint.norm()) or not joint.norm():
             return False
-        return not check.difference(joint, sample.together, _parts(measurement), reordered, 10 * EXPLAINED).off
-
-
-def _parts(measurement: Measurement) -> Sequence[Batch]:
-    """Return the rows in separate batches, each at its own width if possible."""
-    return measurement.own_width or measurement.sample.separate(measurement.sample.together, UNEQUAL)
+        return not check.difference(joint, sample.together, sample.parts, sample.reordered, 10 * EXPLAINED).off
 
 
 def _report(measurement: Measurement, verdict: Verdict, loss: float) -> ExactnessReport:

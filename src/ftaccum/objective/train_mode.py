@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..runtime.memory import give_back_memory, none_if_out_of_memory
 from ..runtime.state_guards import preserve_buffers
 from .deterministic_forward import DeterministicMode
-from .gradient_check import GradientCheck, GradientDifference, JointGradient
+from .gradient_check import GradientCheck, GradientDifference, JointGradient, if_memory_allows
 from .item_counts import Batch, CountItems
 from .perturbation import perturb_norms
 from .probe import difference, relative
@@ -17,9 +15,6 @@ from .report import InTraining
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 
 _UNCHANGED = 1e-6  # between two equal passes
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class TrainMode:
                 joint = self._check(counts).with_losses(self.sample.together)
             return replace(joint, losses=dict.fromkeys(counts, 0.0) | joint.losses)
 
-        return _if_memory_allows(run)
+        return if_memory_allows(run)
 
     def gradient(
         self, joint: JointGradient | None, counts: Mapping[str, CountItems], tolerance: float
@@ -102,12 +97,11 @@ class TrainMode:
 
         def run() -> GradientDifference:
             with self.mode.passes():
-                reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
                 separate = self.sample.separate(together, groups)
                 check = self._check(counts)
-                return check.difference(joint.sketch, together, separate, reordered, tolerance)
+                return check.difference(joint.sketch, together, separate, self.sample.reordered, tolerance)
 
-        return _if_memory_allows(run) or GradientDifference()
+        return if_memory_allows(run) or GradientDifference()
 
     def _check(self, counts: Mapping[str, CountItems]) -> GradientCheck:
         return GradientCheck(self.model, self.means, counts, self.mode.modules)
@@ -124,11 +118,3 @@ def complaint_of_one_row(run: Callable[[Batch], object], sample: Sample) -> str 
     except ValueError as error:
         return str(error)
     return None
-
-
-def _if_memory_allows(run: Callable[[], T]) -> T | None:
-    """Return the result of passes with gradients; None if memory runs out."""
-    found = none_if_out_of_memory(run)
-    if found is None:
-        give_back_memory()  # a few long rows may need more than a micro-batch
-    return found

@@ -1,8 +1,7 @@
 """The check of a loss over the window before training: what it reads of each row must depend on that row alone."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers
-from .batch_changes import fresh_batch
+from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import scalars_of, total_of
@@ -25,7 +24,7 @@ from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
 from .report import ExactnessReport, InTraining
 from .row_terms import RowTerms
-from .sample import PAIRS, UNEQUAL, Sample
+from .sample import PAIRS, Sample
 from .train_mode import complaint_of_one_row
 from .window_forward import WindowForward
 from .window_gradient import WindowGradientCheck
@@ -48,20 +47,22 @@ def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -
         SettingsError: if the loss reads nothing that can be trained, or a row's values depend on other rows.
         DataError: if the inputs of the loss are not tensors with one entry per row.
     """
-    forward.window_loss.find_columns([sample.together, sample.longest, *_collated(sample)])
+    forward.window_loss.find_columns([sample.together, sample.longest, *sample.own_width])
     check = _Check(model, forward, sample)
     _refuse_other_rows(sample)
     with inspection_mode(model, *forward.modules):
         try:
             with float32_weights(model, *forward.modules) as widened:
-                report = check.report(widened, EXPLAINED)
+                report = replace(check, prepared=widened).report(EXPLAINED)
         except RuntimeError:  # memory ran out, or the model needs its own type
             if not has_narrow_weights(model):
                 raise
-            report = check.report(lambda batch: batch, EXPLAINED_IN_HALF)
+            report = check.report(EXPLAINED_IN_HALF)
     report = of_main_process(report)
     names = list(report.ways)
-    return Objective(forward, lambda batch: dict.fromkeys(names, rows_of(batch)), report, check.terms(names))
+    return Objective(
+        forward, lambda batch: dict.fromkeys(names, rows_of(batch)), report, RowTerms(names, forward.window_loss, model)
+    )
 
 
 def _refuse_other_rows(sample: Sample) -> None:
@@ -76,43 +77,30 @@ def _refuse_other_rows(sample: Sample) -> None:
         )
 
 
-def _collated(sample: Sample) -> Sequence[Batch]:
-    """Return the rows in groups, each padded to its own width."""
-    return [] if sample.collated is None else sample.collated(UNEQUAL)
-
-
 @dataclass(frozen=True)
 class _Check:
-    """The check of one loss; for the fields see `window_objective`."""
+    """The check of one loss; for the other fields see `window_objective`.
+
+    Attributes:
+        prepared: converts a batch to the types that the model takes.
+    """
 
     model: nn.Module
     forward: WindowForward
     sample: Sample
+    prepared: Callable[[Batch], Batch] = lambda batch: batch
 
-    def report(self, prepared: Callable[[Batch], Batch], tolerance: float) -> ExactnessReport:
-        """Check the loss; differences up to `tolerance` count as rounding.
-
-        Args:
-            prepared: converts a batch to the types that the model takes.
-        """
+    def report(self, tolerance: float) -> ExactnessReport:
+        """Check the loss; differences up to `tolerance` count as rounding."""
         if ModuleAttributes(self.model, *self.forward.modules).hold_generators():
             raise SettingsError([_OWN_GENERATORS])
-
-        def read(batch: Batch) -> Values:
-            trains = any(module.training for module in self.model.modules())
-            draws = nullcontext() if trains else equal_draws(rows_of(batch))
-            with preserve_attributes(self.model, *self.forward.modules), draws:
-                return self._read(prepared(fresh_batch(batch, self._device)))
-
-        read(self.sample.longest)  # it needs the most memory
-        together = read(self.sample.together)
-        padding = self._padding_difference(read, together, tolerance)
+        self._read(self.sample.longest)  # it needs the most memory
+        together = self._read(self.sample.together)
+        padding = self._padding_difference(together, tolerance)
         names = list(scalars_of(self.forward.window_loss.loss(together)))
-        hidden = find_hidden_state(
-            self.model, self.forward.modules, lambda: _norms(read(self.sample.together)), tolerance
-        )
-        self._check_gradient(prepared)
-        in_training, gradient = self._in_training(read, names, prepared, tolerance)
+        hidden = find_hidden_state(self.model, self.forward.modules, self._norms, tolerance)
+        self._check_gradient()
+        in_training, gradient = self._in_training(names, tolerance)
         loss = {term: mean.item() for term, mean in scalars_of(self.forward.window_loss.loss(together)).items()}
         return ExactnessReport(
             ways=dict.fromkeys(names, "rows"),
@@ -130,74 +118,53 @@ class _Check:
             gradient_hooks=gradient_hooks(self.model),
             hidden_state=hidden,
             window=WindowReport(
-                self._read_parameters(together), LossMemory.measure(self.forward.window_loss, together, total_of)
+                self._read_parameters(together), LossMemory.measure(self.forward.window_loss, together)
             ),
         )
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def _on_device(self, batch: Batch) -> Batch:
+        return self.prepared(fresh_batch_for(self.model, batch))
 
     def _read(self, batch: Batch) -> Values:
-        return self.forward.values(self.model, batch)
+        """Return what the loss reads of a batch; attributes of modules are restored."""
+        with preserve_attributes(self.model, *self.forward.modules), equal_draws(self.model, batch):
+            return self.forward.values(self.model, self._on_device(batch))
 
-    def _padding_difference(self, read: Callable[[Batch], Values], together: Values, tolerance: float) -> float:
+    def _norms(self) -> dict[str, float]:
+        """Return the norm of each input of the loss, for the rows in one batch."""
+        inputs = WindowLoss.inputs(self._read(self.sample.together))
+        return {name: value.double().norm().item() for name, value in inputs.items()}
+
+    def _padding_difference(self, together: Values, tolerance: float) -> float:
         """Return how far the inputs change with the width that rows are padded to; 0 if that is rounding.
 
         Raises:
             SettingsError: if a row's inputs depend on the other rows, or their shapes depend on padding.
         """
         sample = self.sample
-        if sample.cut is not None:
-            off, name = _difference(together, [read(batch) for batch in sample.cut(sample.together, UNEQUAL)])
-            if off > tolerance:
-                raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
-        collated = _collated(sample)
-        off, name = _difference(together, [read(batch) for batch in collated]) if collated else (0.0, "")
-        if off > tolerance and sample.cut is None:
+        equal_width = [] if sample.cut is None else sample.separate(sample.together)
+        groups = (parts for parts in (equal_width, sample.own_width) if parts)
+        differences = (_difference(together, [self._read(part) for part in parts]) for parts in groups)
+        off, name = next(differences)
+        if off > tolerance:
             raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
+        off, _ = next(differences, (0.0, ""))
         return off if off > tolerance else 0.0
 
-    def terms(self, names: Sequence[str]) -> RowTerms:
-        """Return the terms of the loss with these names."""
-        window_loss = self.forward.window_loss
-        return RowTerms(
-            names,
-            window_loss,
-            scalars_of,
-            lambda: [*self.model.parameters(), *window_loss.parameters()],
-            self._device,
-        )
-
-    def _in_training(
-        self,
-        read: Callable[[Batch], Values],
-        names: Sequence[str],
-        prepared: Callable[[Batch], Batch],
-        tolerance: float,
-    ) -> tuple[InTraining, GradientDifference]:
+    def _in_training(self, names: Sequence[str], tolerance: float) -> tuple[InTraining, GradientDifference]:
         """Measure whether train mode mixes rows, and if not, whether two passes give the gradient of one batch."""
-
-        def norms() -> list[float]:
-            return list(_norms(read(self.sample.together)).values())
-
-        mode = DeterministicMode.of(self.model, norms, self.forward.modules)
-        check = WindowGradientCheck(
-            self.model,
-            self.forward,
-            self.terms(names),
-            self.sample,
-            lambda batch: prepared(fresh_batch(batch, self._device)),
-        )
+        mode = DeterministicMode.of(self.model, lambda: list(self._norms().values()), self.forward.modules)
+        terms = RowTerms(names, self.forward.window_loss, self.model)
+        check = WindowGradientCheck(self.model, self.forward, terms, self.sample, self._on_device)
         with mode.passes():
             check.refuse_unknown_parameters()
-        in_training = self._mixing(mode, read, names)
+        in_training = self._mixing(mode, names)
         if max(in_training.differences.values(), default=0.0) > tolerance:
             return in_training, GradientDifference()
         with mode.passes():
             return in_training, check.difference(10 * tolerance)
 
-    def _mixing(self, mode: DeterministicMode, read: Callable[[Batch], Values], names: Sequence[str]) -> InTraining:
+    def _mixing(self, mode: DeterministicMode, names: Sequence[str]) -> InTraining:
         """Measure whether modules such as batch norm mix rows in train mode, or move what the next pass depends on."""
         if not mode.moving:
             return InTraining(dict.fromkeys(names, 0.0))
@@ -205,20 +172,19 @@ class _Check:
 
             def from_the_start(batch: Batch) -> Values:
                 with preserve_buffers(self.model, *mode.modules):
-                    return read(batch)
+                    return self._read(batch)
 
             together = from_the_start(self.sample.together)
             separate = [from_the_start(part) for part in self.sample.separate(self.sample.together, PAIRS)]
             off, _ = _difference(together, separate)
             complaint = complaint_of_one_row(from_the_start, self.sample)
-            once, again = read(self.sample.together), read(self.sample.together)
-            drift, _ = _difference(once, [again])
+            drift, _ = _difference(self._read(self.sample.together), [self._read(self.sample.together)])
         return InTraining(dict.fromkeys(names, off), drift, mode.names_of_moving, complaint)
 
-    def _check_gradient(self, prepared: Callable[[Batch], Batch]) -> None:
+    def _check_gradient(self) -> None:
         """Raise SettingsError if no input of the loss has a gradient."""
         with torch.enable_grad():
-            values = self._read(prepared(fresh_batch(self.sample.together, self._device)))
+            values = self.forward.values(self.model, self._on_device(self.sample.together))
         inputs = WindowLoss.inputs(values)
         if not any(value.requires_grad for value in inputs.values()):
             raise SettingsError(
@@ -279,7 +245,3 @@ def _difference(together: Values, separate: Sequence[Values]) -> tuple[float, st
 def _relative(one: Tensor, other: Tensor) -> float:
     largest = other.double().abs().max().item() if other.numel() else 0.0
     return ((one.double() - other.double()).abs().max().item() / (largest or 1.0)) if one.numel() else 0.0
-
-
-def _norms(values: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: value.double().norm().item() for name, value in WindowLoss.inputs(values).items()}

@@ -10,20 +10,18 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..runtime.graph_leaves import leaves_besides
-from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, seed_all
 from .forward import total_of
-from .gradient_check import GradientDifference, backward, confirm_in_float64, difference_of
+from .gradient_check import GradientDifference, backward, confirm_in_float64, difference_of, if_memory_allows
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, rows_of
 from .row_terms import RowTerms
-from .sample import UNEQUAL, Sample
+from .sample import REVERSED, Sample
 from .window_forward import WindowForward
 from .window_terms import CollectedValues
 
-_REVERSED = (3, 2, 1, 0)
 _SEED = (0,)  # of what the loss draws
 _NOISE = 1e-5  # norm of a gradient that is rounding, relative to that of the gradient by the inputs of the loss
 
@@ -72,27 +70,24 @@ class WindowGradientCheck:
         Args:
             tolerance: the largest relative difference that counts as rounding.
         """
-        try:
+
+        def run() -> GradientDifference:
             if self._draws():  # also in eval mode, so that no two passes are the same
                 return GradientDifference()
             found = self._difference(tolerance)
             return confirm_in_float64(
                 found, lambda convert: self._converted(convert)._difference(tolerance), self._both
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        give_back_memory()
-        return GradientDifference()
+
+        return if_memory_allows(run) or GradientDifference()
 
     def _difference(self, tolerance: float) -> GradientDifference:
-        cut = self.sample.cut
-        reordered = None if cut is None else cut(self.sample.together, (_REVERSED,))[0]
+        reordered = self.sample.reordered
         together = self._of_one_batch(self.sample.together)
         separate, by_inputs = self._of_two_passes()
         if together.norm() < _NOISE * by_inputs:
             return GradientDifference()  # the gradient is rounding, as that of the norm of normalized embeddings
-        again = None if reordered is None else lambda: self._of_one_batch(reordered, _REVERSED)
+        again = None if reordered is None else lambda: self._of_one_batch(reordered, REVERSED)
         return difference_of(together, separate, again, tolerance)
 
     def _converted(self, convert: Callable[[Batch], Batch]) -> "WindowGradientCheck":
@@ -135,7 +130,7 @@ class WindowGradientCheck:
     def _of_two_passes(self) -> tuple[GradientSketch, float]:
         """Return the gradient, and the norm of that by the inputs of the loss."""
         both, passes, n_before = self._both, [], 0
-        parts = self.sample.separate(self.sample.together, UNEQUAL)
+        parts = self.sample.separate(self.sample.together)
         with self._measuring() as sketch:
             for part in parts:
                 places = range(n_before, n_before + rows_of(part))

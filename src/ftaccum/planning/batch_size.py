@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, replace
 
 from ..errors import SettingsError
-from ..rules.update_size import Pairs
 from ..settings.recipe import Recipe
 
 
@@ -52,69 +51,47 @@ def rate_factor(rule: str, ratio: float) -> float:
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
 
 
-def resolve_batch_sizes(
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int | Pairs = 1,
-    effective_batch_size: int | None = None,
-    tokens_per_update: int | None = None,
-    tokens_per_row: float | None = None,
-    num_processes: int = 1,
+def batch_sizes_of(
+    recipe: Recipe, batch_size: int, num_processes: int, tokens_per_row: float | None = None
 ) -> BatchSizes:
-    """Return the sizes of an update from the different ways to give them.
+    """Return the sizes of a run's updates from the different ways to give them.
+
+    k may be given as pairs (from_update, k), without the other two ways. If k is 1 and one of the others is given, that
+    one decides. From `tokens_per_update` follow rows = tokens_per_update / tokens_per_row, to the nearest row.
 
     Args:
         batch_size: rows of a micro-batch on one process.
-        gradient_accumulation_steps: k, or pairs (from_update, k), which exclude the next two arguments. If it is 1 and
-            one of the next two is given, that one decides.
-        effective_batch_size: rows of an update.
-        tokens_per_update: tokens of an update; rows = tokens_per_update / tokens_per_row, to the nearest row.
         tokens_per_row: mean length of the rows in tokens, needed with `tokens_per_update`.
-        num_processes: number of processes.
 
     Raises:
-        SettingsError: if two of the arguments disagree; the message shows the arithmetic.
+        SettingsError: if two of the settings disagree; the message shows the arithmetic.
     """
-    pass_rows = batch_size * num_processes
-    if not isinstance(gradient_accumulation_steps, int):
-        (_, first), *later = gradient_accumulation_steps
+    steps, pass_rows = recipe.gradient_accumulation_steps, batch_size * num_processes
+    assert not isinstance(steps, str), "the settings have parsed text into pairs"
+    if not isinstance(steps, int):
+        (_, first), *later = steps
         return BatchSizes(
             batch_size, first, num_processes, first * pass_rows, tuple((update, k) for update, k in later)
         )
-    from_steps = gradient_accumulation_steps * pass_rows
+    from_steps = steps * pass_rows
     asked = {}  # number of rows → the arithmetic behind it
-    if effective_batch_size is not None:
-        asked[effective_batch_size] = f"`effective_batch_size` asks for {effective_batch_size} rows"
-    if tokens_per_update is not None:
+    if recipe.effective_batch_size is not None:
+        asked[recipe.effective_batch_size] = f"`effective_batch_size` asks for {recipe.effective_batch_size} rows"
+    if recipe.tokens_per_update is not None:
         assert tokens_per_row is not None, "`tokens_per_update` needs the mean length of a row"
-        rows = max(1, round(tokens_per_update / tokens_per_row))
+        rows = max(1, round(recipe.tokens_per_update / tokens_per_row))
         asked[rows] = (
-            f"`tokens_per_update` asks for {tokens_per_update} tokens / {tokens_per_row:g} per row = {rows} rows"
+            f"`tokens_per_update` asks for {recipe.tokens_per_update} tokens / {tokens_per_row:g} per row = {rows} rows"
         )
     # The other two give a number of rows. k gives a number of passes, and agrees with any rows that need as many.
     passes = {math.ceil(rows / pass_rows) for rows in asked}
-    steps_agree = gradient_accumulation_steps == 1 or passes <= {gradient_accumulation_steps}
+    steps_agree = steps == 1 or passes <= {steps}
     if len(asked) > 1 or not steps_agree:
         if not steps_agree:
             asked[from_steps] = (
-                f"`gradient_accumulation_steps` asks for {batch_size} rows × {gradient_accumulation_steps} steps"
+                f"`gradient_accumulation_steps` asks for {batch_size} rows × {steps} steps"
                 f" × {num_processes} processes = {from_steps} rows"
             )
         raise SettingsError([f"Sizes of an update disagree: {'; '.join(asked.values())}. Give one of them."])
     effective = next(iter(asked), from_steps)
     return BatchSizes(batch_size, math.ceil(effective / pass_rows), num_processes, effective)
-
-
-def batch_sizes_of(
-    recipe: Recipe, batch_size: int, num_processes: int, tokens_per_row: float | None = None
-) -> BatchSizes:
-    """Resolve the sizes of a run's updates; for arguments and errors see `resolve_batch_sizes`."""
-    assert not isinstance(recipe.gradient_accumulation_steps, str), "the settings have parsed text into pairs"
-    return resolve_batch_sizes(
-        batch_size=batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        effective_batch_size=recipe.effective_batch_size,
-        tokens_per_update=recipe.tokens_per_update,
-        tokens_per_row=tokens_per_row,
-        num_processes=num_processes,
-    )

@@ -159,18 +159,16 @@ class Plan(BasePlan):
         stages = self.batch_sizes.stages()
         wanted = max(sizes.effective_batch_size for update, sizes in stages if update < self.n_windows)
         late = [update for update, _ in stages if update >= self.n_windows]
-        found = {
-            f"an epoch has only {self.n_rows} rows, so an update has at most {self.n_rows} rows instead of {wanted}": (
-                wanted > self.n_rows and self.remainder == "flush"
-            ),
-            (
-                f"the run ends before update {min(late, default=0)}, where `gradient_accumulation_steps` would change"
-            ): bool(late),
-            f"the epochs end before `max_updates`, {self.max_updates}; increase `n_epochs` for more updates": (
-                self.n_windows < (self.max_updates or 0)
-            ),
-        }
-        return [f"Note: {note}" for note, holds in found.items() if holds]
+        notes, n = [], self.n_rows
+        if wanted > n and self.remainder == "flush":
+            notes.append(f"an epoch has only {n} rows, so an update has at most {n} rows instead of {wanted}")
+        if late:
+            notes.append(f"the run ends before update {min(late)}, where `gradient_accumulation_steps` would change")
+        if self.n_windows < (self.max_updates or 0):
+            notes.append(
+                f"the epochs end before `max_updates`, {self.max_updates}; increase `n_epochs` for more updates"
+            )
+        return [f"Note: {note}" for note in notes]
 
     def __str__(self) -> str:
         """Return the arithmetic of the run, as lines of text."""

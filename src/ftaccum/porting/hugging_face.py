@@ -7,7 +7,7 @@ _UPLOADED = "Not offered. The folder `model` in `output_dir` is uploaded once, a
 _TRACKER = "Give an Accelerate tracker that has this setting."
 _OPTIMIZER = "Give one with this setting, such as `lambda groups: torch.optim.AdamW(groups, eps=1e-6)`."
 _WORKERS = "Not offered. Workers live as long as the run, and read ahead by themselves."
-_PREFERENCES = "Not offered. ftaccum trains on rows with a loss; it has no losses over preferences or rewards."
+_PREFERENCES = "Not offered. `recipes/preference.py` has a `loss_fn` over preferences; there is none over rewards."
 _COMPILE = "It compiles with torch's default backend and mode."
 _COLLATED = "Not needed. Evaluation collects the predictions of all processes, row by row."
 
@@ -124,9 +124,9 @@ TRL = (
          "Not offered. Prepare the rows with `datasets.Dataset.map`."),
     Name("eos_token", "`add_eos_token`", "The token itself is `tokenizer.eos_token`."),
     Name("pad_token", "", "Not offered. Set `tokenizer.pad_token`."),
-    Name("chat_template_path", "", "Not offered. Apply the template to the rows before training."),
-    Name("completion_only_loss assistant_only_loss train_on_inputs", "",
-         "Not offered. Give rows of tokens whose `labels` are -100 where no loss counts."),
+    Name("chat_template_path", "`chat_template`", "In Python, `ftaccum.load_task` takes it."),
+    Name("completion_only_loss assistant_only_loss", '`task="chat"`',
+         "It trains on answers only. In Python, `ftaccum.load_task` takes it, or give `labels` of -100 elsewhere."),
     Name("packing packing_strategy eval_packing", "`padding_free=True`",
          "Rows are concatenated without padding, and do not see each other."),
     Name("pad_to_multiple_of", "", "Not offered. A `data_collator` can pad to any width."),

@@ -4,7 +4,7 @@ from .foreign_name import ForeignName as Name
 
 _LAUNCH = "Set it with `accelerate config`, `accelerate launch` or `torchrun`."
 _LOADER = "Give the rows, `loader.dataset`. ftaccum shuffles, batches and pads them itself."
-_FIRST = "Not offered. Load the model with these options before training."
+_FIRST = "In Python, load the model with it first, for example with `ftaccum.load_task`."
 _FEWER = "Not offered. Give fewer rows."
 _TRACKER = "Give an Accelerate tracker that has this setting."
 _LORA = "A dict of arguments of `peft.LoraConfig`; the command line has `--lora_r` and others."
@@ -95,7 +95,7 @@ LIGHTNING = (
          "Not needed. Each update is divided among the processes."),
     Name("sync_batchnorm", "", "Not offered. Convert the model with `torch.nn.SyncBatchNorm` first."),
     Name("accelerator devices num_nodes gpus num_processes", "", _LAUNCH),
-    Name("strategy plugins", "", "Not offered. Several processes train with DistributedDataParallel."),
+    Name("strategy plugins", "`sharding`", 'None: DistributedDataParallel; "fsdp2": shards of the model.'),
 )  # fmt: skip
 
 AXOLOTL = (
@@ -110,12 +110,14 @@ AXOLOTL = (
     Name("sample_packing eval_sample_packing", "`padding_free=True`",
          "Rows are concatenated without padding, and do not see each other."),
     Name("pad_to_sequence_len", "", "Not needed. Rows are padded no further than the longest of their update."),
-    Name("train_on_inputs", "", "Not offered. Give rows of tokens whose `labels` are -100 where no loss counts."),
-    Name("chat_template", "", "Not offered. Apply it to the rows before training."),
+    Name("train_on_inputs", '`task="chat"`',
+         "It trains on answers only. In Python, `ftaccum.load_task` takes it, or give `labels` of -100 elsewhere."),
+    Name("chat_template", "`chat_template`", "A file. In Python, `ftaccum.load_task` takes it."),
     Name("special_tokens tokenizer_config tokenizer_type", "",
          "Not offered. Load and change the tokenizer before training."),
-    Name("model_type trust_remote_code load_in_8bit load_in_4bit", "", _FIRST),
-    Name("flash_attention sdp_attention xformers_attention attn_implementation", "", _FIRST),
+    Name("model_type", "", "Not offered. The model's config has it."),
+    Name("trust_remote_code load_in_8bit load_in_4bit attn_implementation", "", _FIRST),
+    Name("flash_attention sdp_attention xformers_attention", "`attn_implementation`", _FIRST),
     Name("adapter", "`lora=True`"),
     Name("lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora", "`lora`", _LORA),
     Name("lora_model_dir", "`model`", "In Python, the PEFT model: `peft.PeftModel.from_pretrained` loads it."),
@@ -128,7 +130,9 @@ AXOLOTL = (
     Name("cosine_min_lr_ratio", "`lr_scheduler_kwargs`",
          'With `lr_scheduler="cosine_with_min_lr"`, give `{"min_lr_rate": 0.1}`.'),
     Name("loraplus_lr_ratio", "`optimizer_groups`", 'For example, `{"lora_B": {"lr": 1e-3}}`.'),
-    Name("dataset_prepared_path dataset_processes shuffle_merged_datasets", "",
+    Name("dataset_processes", "`preprocessing_num_workers`"),
+    Name("dataset_prepared_path shuffle_merged_datasets", "",
          "Not offered. Prepare the rows with `datasets` before training."),
-    Name("rl", "", "Not offered. ftaccum trains on rows with a loss; it has no losses over preferences or rewards."),
+    Name("rl", "",
+         "Not offered. `recipes/preference.py` has a `loss_fn` over preferences; there is none over rewards."),
 )  # fmt: skip

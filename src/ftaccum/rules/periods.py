@@ -60,7 +60,6 @@ NoiseScale = Annotated[
     ),
 ]
 
-
 Audit = Annotated[
     int | str,  # str on the command line; `_read_audit` parses it
     Rule(

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) ->
     with fresh_accelerate_state(), _data_parallel(launched_state()):
         with hidden_modes():
             accelerator = _accelerator(runtime, project_dir)
-        with preserve_rng(), _determinism(runtime.deterministic):
+        with preserve_rng(), _determinism() if runtime.deterministic else nullcontext():
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
             try:
                 yield accelerator
@@ -115,11 +115,8 @@ def fresh_accelerate_state() -> Iterator[None]:
 
 
 @contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Make torch use deterministic algorithms until exit, if wanted."""
-    if not wanted:
-        yield
-        return
+def _determinism() -> Iterator[None]:
+    """Make torch use deterministic algorithms until exit."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
@@ -168,11 +165,6 @@ def _precision(runtime: Runtime) -> str | None:
         return runtime.mixed_precision
     bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if bf16 else "fp16"
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device for people, such as "NVIDIA H200" or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def is_first_process() -> bool:

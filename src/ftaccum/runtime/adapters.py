@@ -8,6 +8,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from .model_traits import output_embeddings
+
 _ADAPTED = {"base_layer", "modules_to_save", "token_adapter"}  # PEFT's names in layers that it has wrapped
 
 
@@ -22,6 +24,11 @@ def has_adapters(model: Any) -> bool:
 def is_peft_model(model: Any) -> bool:
     """Return whether a model is a PEFT model, rather than a base model that contains adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_of(model: Any) -> Any:
+    """Return the base model of a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fully_trained_modules(model: nn.Module) -> list[str]:
@@ -151,7 +158,7 @@ def _is_untied(model: Any) -> bool:
     """Return whether the configuration ties input and output embeddings that have different weights."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
-    if (output := model.get_output_embeddings()) is None:
+    if (output := output_embeddings(model)) is None:
         return False
     first, second = (getattr(each, "weight", None) for each in (model.get_input_embeddings(), output))
     if first is None or second is None or first is second:

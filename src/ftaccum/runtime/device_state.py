@@ -1,4 +1,4 @@
-"""The state of a run's device: whether it is idle, and its peak memory."""
+"""The device of a run: its name, whether it is idle, and its peak memory."""
 
 from contextlib import suppress
 
@@ -8,6 +8,11 @@ from .host import peak_of_process
 
 # Their streams can be asked without a wait.
 _ASYNCHRONOUS = ("cuda", "xpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people, such as "NVIDIA H200" or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def is_idle(device: torch.device) -> bool:

@@ -32,14 +32,6 @@ _MEMORY_FILES = {  # by file system; version 1 includes nested groups only in en
 }
 
 
-def is_interactive() -> bool:
-    """Return whether a user types the calls: in a notebook or at a prompt."""
-    if hasattr(sys, "ps1"):
-        return True
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
-
-
 def free_on_host(proc: Path = Path("/proc/self")) -> int:
     """Return the free bytes of the machine or of a control group (container) around the process, whichever is less.
 

@@ -59,15 +59,15 @@ def none_if_out_of_memory(function: Callable[[], T]) -> T | None:
         return None
 
 
-def free_on_device() -> int:
-    """Return the free bytes of the current accelerator, with those that torch keeps for reuse."""
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes that this process may use: of its device or, on a CPU, its share of the machine's.
+
+    Those of a device include the bytes that torch keeps for reuse.
+    """
+    if device.type == "cpu":
+        return free_per_process()
     reused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
     return torch.accelerator.get_memory_info()[0] + reused
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes that this process may use: of its device or, on a CPU, its share of the machine's."""
-    return free_per_process() if device.type == "cpu" else free_on_device()
 
 
 def give_back_memory() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .log import logger
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 OF_SHARDING = "__composable_api_state_key"  # prefix of the attributes of FSDP2, which keeps its own state
 _BUDGET = 2**28  # most bytes of tensors and arrays to copy
 _DEPTH = 3  # levels of containers and objects to look into
@@ -237,7 +237,7 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, value)
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and not name.startswith(OF_SHARDING)
+        if name not in OF_EVERY_MODULE and not name.startswith(OF_SHARDING)
     ]
 
 

@@ -6,13 +6,19 @@ from contextlib import suppress
 
 from tqdm import TqdmWarning
 
-from .host import is_interactive
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TqdmWarning)  # in a notebook without ipywidgets, bars are text
     from tqdm.auto import tqdm
 
-__all__ = ["can_draw_bars", "print_above_bars", "tqdm"]
+__all__ = ["can_draw_bars", "is_interactive", "print_above_bars", "tqdm"]
+
+
+def is_interactive() -> bool:
+    """Return whether a user types the calls: in a notebook or at a prompt."""
+    if hasattr(sys, "ps1"):
+        return True
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
 
 
 def can_draw_bars() -> bool:

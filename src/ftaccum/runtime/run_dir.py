@@ -73,11 +73,7 @@ class RunDir:
 
     def check(self) -> None:
         """Raise SettingsError if the folder cannot be created. Leave no folder behind that was not there."""
-        try:
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a name that is invalid on the file system
-            raise _refused(str(self.path), error) from error
+        missing = self._create()
         with suppress(OSError):  # unless another process has used it since
             for folder in missing:
                 folder.rmdir()
@@ -93,10 +89,7 @@ class RunDir:
             SettingsError: if the folder cannot be created.
             CheckpointError: if another run holds the lock.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a name that is invalid on the file system
-            raise _refused(str(self.path), error) from error
+        self._create()
         lock = filelock.FileLock(self.path / ".lock", timeout=_PATIENCE, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -127,6 +120,15 @@ class RunDir:
                 return False
         except CheckpointError:
             return True
+
+    def _create(self) -> list[Path]:
+        """Create the folder if it is missing, and return the folders that were missing, the innermost first."""
+        try:
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name that is invalid on the file system
+            raise _refused(str(self.path), error) from error
+        return missing
 
     def _owner(self) -> str:
         with suppress(OSError):

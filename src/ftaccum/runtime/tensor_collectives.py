@@ -45,12 +45,6 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
     return total
 
 
-def copy_from_main(module: nn.Module, process_group: ProcessGroup) -> None:
-    """Copy the main process's parameters of a module to all processes, which call this together."""
-    if not process_group.is_single:
-        broadcast_parameters(module)
-
-
 def broadcast_parameters(module: nn.Module) -> None:
     """Copy process 0's parameters of a module to all others. Several processes call this together."""
     for p in module.parameters():

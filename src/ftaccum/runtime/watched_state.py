@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from .module_attributes import GENERATORS, OF_SHARDING
+from .module_attributes import GENERATORS, OF_EVERY_MODULE, OF_SHARDING
 from .state_parts import SCALARS, Items, Values
 
 _DEPTH = 4  # levels of containers, objects and functions to look into
@@ -109,7 +109,7 @@ class _Walk:
         if attributes["_modules"]:
             yield Items(place, ".{}", lambda: attributes["_modules"])
         for name, value in attributes.items():
-            if name not in _OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
+            if name not in OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
                 yield from self._value(value, f"{place}.{name}", _DEPTH - 1, of_loss=of_loss)
         if of_loss:
             yield Items(place, ".{}", lambda: attributes["_buffers"])
@@ -162,9 +162,6 @@ class _Walk:
         if of_loss and isinstance(call, FunctionType):
             return lambda: {**attributes, "__call__": call}
         return lambda: attributes
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _is_of_library(owner: Any) -> bool:

@@ -67,7 +67,7 @@ class Runtime:
     )
     num_workers: Count = speed(0, "processes that collate batches ahead, for rows that are slow to make; 0 for none")
     preprocessing_num_workers: PositiveInt | None = speed(
-        None, "processes that tokenise raw text before training; None tokenises in the main process"
+        None, "processes that tokenize raw text before training; None tokenizes in the main process"
     )
     sharding: Sharding | None = speed(
         None,

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..errors import SettingsError
+from ..errors import SettingsError, listed
 from ..insight.model_card import CARD
 from ..runtime.adapters import fully_trained_modules
 from ..runtime.library_output import library_bars, load_report_withheld
@@ -79,7 +79,7 @@ def load_with_base(folder: Path, base: str | None = None) -> Any:
     if missing := [weight for weight in new if not weight.startswith(replaced)]:
         raise SettingsError(
             [
-                f"The base model {name!r} lacks the weights {', '.join(missing[:4])}, and the adapters in "
+                f"The base model {name!r} lacks the weights {listed(missing, 4)}, and the adapters in "
                 f"{str(folder)!r} do not have them either. Give the base model that they were trained on as `--base`."
             ]
         )
@@ -122,7 +122,7 @@ def _load_base(name: str, adapter: dict[str, Any], saved: dict[str, Any]) -> tup
     if getattr(model, "is_quantized", False):
         raise SettingsError(
             [
-                f"The base model {name!r} is quantised, so merging would round the adapters. Give it with its full "
+                f"The base model {name!r} is quantized, so merging would round the adapters. Give it with its full "
                 "weights as `--base`."
             ]
         )

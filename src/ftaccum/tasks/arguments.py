@@ -20,6 +20,10 @@ TASKS = {
     "seq2seq": "ftaccum.tasks.seq2seq:Seq2Seq",
 }
 
+# The settings of a run that loading a task depends on. `test_fine_tuning` needs those of raw text, too.
+TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
+LOADING_SETTINGS = (*TEXT_SETTINGS, "random_seed", "validation_split", "lora")
+
 # The tasks that an option belongs to; other options belong to all tasks.
 TASK_OPTIONS = {
     "packing": ("causal-lm",),
@@ -110,7 +114,7 @@ class NamedArguments(TrainDataArguments, ModelArguments, LanguageModelOptions, R
     problem_type: ProblemType | None = _data(
         None,
         "kind of labels of text-classification and image-classification: single_label_classification, "
-        "multi_label_classification or regression; none: recognised by their type",
+        "multi_label_classification or regression; none: recognized by their type",
     )
     doc_stride: PositiveInt | None = _data(
         None,

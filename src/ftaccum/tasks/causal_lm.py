@@ -19,7 +19,7 @@ from .plain_text import PlainText
 from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions
-from .token_accuracy import PredictedTokens, TokenAccuracy
+from .token_accuracy import TokenAccuracy, accuracy_arguments
 
 
 class CausalLM(PlainText):
@@ -47,14 +47,8 @@ class CausalLM(PlainText):
         assert limit is not None, "checked above"
         columns = choose_columns(texts, argument, None, next_token=True)
         end = processor.eos_token_id if options.add_eos_token else None
-        tokens = texts.map(
-            DocumentEncoder(columns.texts[0], argument, processor, end),
-            with_indices=True,
-            batched=True,
-            num_proc=options.num_proc,
-            remove_columns=texts.column_names,
-            desc=f"Tokenising {argument}",
-        )
+        encode = DocumentEncoder(columns.texts[0], argument, processor, end)
+        tokens = encode_table(texts, encode, options.n_processes, argument)
         self._tokens, self._limit = tokens, limit
         packed = pack(tokens, argument, limit)
         warn_of_rows(
@@ -79,8 +73,7 @@ class CausalLM(PlainText):
         return train, held
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
+        return accuracy_arguments(next_token=True)
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
         """Return the tokens of each text, which the model continues."""
@@ -88,7 +81,7 @@ class CausalLM(PlainText):
         columns = choose_columns(texts, "data", options.text_columns, next_token=True)
         limit = token_limit(processor, model.config, model, options.max_length)
         encode = DocumentEncoder(columns.texts[0], "data", processor, None)
-        tokens = encode_table(texts, encode, "Tokenising data", options.num_proc or 1, "data").remove_columns([BLANK])
+        tokens = encode_table(texts, encode, options.n_processes, "data").remove_columns([BLANK])
         too_long = next((n for n, ids in enumerate(tokens["input_ids"]) if limit and len(ids) > limit), None)
         if too_long is not None:
             raise DataError(f"In `data`, row {too_long} has more than {limit} tokens. Shorten it.")

@@ -21,7 +21,7 @@ from .generated_text import generated_columns, generation_arguments
 from .reading_direction import faults_of_reading_direction
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
-from .token_accuracy import PredictedTokens, TokenAccuracy
+from .token_accuracy import TokenAccuracy, accuracy_arguments
 
 _CUT, _ANSWERED = "was_cut", "is_answered"
 
@@ -59,14 +59,9 @@ class Chat(Task):
         check_fast(processor, self.named.task)
         _check_columns(rows, argument)
         limit = token_limit(processor, model.config, model, options.max_length)
-        tokens = rows.map(
-            _Encoder(argument, processor, limit, tuple(name for name in rows.column_names if name in self.roles)),
-            with_indices=True,
-            batched=True,
-            num_proc=options.num_proc,
-            remove_columns=rows.column_names,
-            desc=f"Tokenising {argument}",
-        )
+        columns = tuple(name for name in rows.column_names if name in self.roles)
+        encode = _Encoder(argument, processor, limit, columns)
+        tokens = encode_table(rows, encode, options.n_processes, argument)
         cut, answered = tokens[_CUT][:], tokens[_ANSWERED][:]
         within = "" if limit is None else f" within {limit} tokens"
         if not any(answered):
@@ -81,14 +76,13 @@ class Chat(Task):
         return tokens if all(answered) else tokens.select([n for n, has in enumerate(answered) if has])
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
+        return accuracy_arguments(next_token=True)
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
         """Return the tokens of each conversation up to its last answer, which is left out."""
         refuse(self._faults(processor))
         columns = tuple(name for name in rows.column_names if name in self.roles)
-        return encode_table(rows, _PromptEncoder(processor, columns), "Tokenising data", options.num_proc or 1, "data")
+        return encode_table(rows, _PromptEncoder(processor, columns), options.n_processes, "data")
 
     def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
         return generation_arguments(max_new_tokens)
@@ -107,7 +101,7 @@ class Chat(Task):
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A function for `Dataset.map` that tokenises conversations.
+    """A function for `encode_table` that tokenizes conversations.
 
     Attributes:
         argument: the argument that names the rows, for messages.
@@ -136,7 +130,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _PromptEncoder:
-    """A function that tokenises conversations without their last answer.
+    """A function that tokenizes conversations without their last answer.
 
     Attributes:
         columns: the columns to read.

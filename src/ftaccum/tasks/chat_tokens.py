@@ -79,7 +79,7 @@ class _Template:
         return bool(_GENERATION_MARK.search(text))
 
     def marked(self) -> tuple[list[int], list[bool]]:
-        """Tokenise with a template that marks answers."""
+        """Tokenize with a template that marks answers."""
         messages, others = self._conversation.messages, self._not_learned()
         more = {"tokenizer_kwargs": {"return_offsets_mapping": True}} if others else {}
         written = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
@@ -103,9 +103,9 @@ class _Template:
         return prompt + [(n, n + 1) for n in answers if n >= n_prompt and n not in learned]
 
     def by_prefixes(self, limit: int | None) -> tuple[list[int], list[bool]]:
-        """Tokenise with any template. Find each answer by formatting the messages up to its start and to its end."""
+        """Tokenize with any template. Find each answer by formatting the messages up to its start and to its end."""
         text = self.text(self._conversation.messages)
-        # Tokenise the whole text at once: tokens may span its parts. The template adds the special tokens.
+        # Tokenize the whole text at once: tokens may span its parts. The template adds the special tokens.
         tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = tokens["input_ids"], [end for _, end in tokens["offset_mapping"]]
         answers = [False] * len(ids)

@@ -19,7 +19,7 @@ class ContextWindows:
     Attributes:
         tokenizer: a fast tokenizer.
         limit: the most tokens of a window; None for no limit.
-        stride: the number of tokens that neighbouring windows share.
+        stride: the number of tokens that neighboring windows share.
     """
 
     tokenizer: Any

@@ -47,12 +47,12 @@ class _Pixels:
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns `pixel_values` and, if there are labels, `labels`."""
-        images = [in_colours(image) for image in batch["image"]]
+        images = [in_colors(image) for image in batch["image"]]
         pixels = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         return pixels | ({"labels": batch["label"]} if "label" in batch else {})
 
 
-def in_colours(image: Any) -> Any:
+def in_colors(image: Any) -> Any:
     """Return an image of PIL with three channels of 8 bits.
 
     Raises:

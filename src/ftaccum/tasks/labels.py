@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..runtime.log import logger
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -39,18 +39,18 @@ class Labels:
     multi_hot: bool = False
 
     @classmethod
-    def read(cls, rows: Dataset, argument: str, problem_type: str | None = None, column: str = "label") -> "Labels":
-        """Return the kind and the classes of the labels in a column. Log the classes with their numbers of rows.
+    def read(cls, rows: Dataset, argument: str, problem_type: str | None = None) -> "Labels":
+        """Return the kind and the classes of the labels of rows. Log the classes with their numbers of rows.
 
         Args:
             argument: the argument that names the rows, for messages.
-            problem_type: the kind of the labels; None to recognise it by their type.
+            problem_type: the kind of the labels; None to recognize it by their type.
 
         Raises:
             DataError: if rows have no label, or the labels do not fit.
         """
-        values = check_labels(rows, argument, column)
-        feature = rows.features[column]
+        values = _labels_of(rows, argument)
+        feature = rows.features["label"]
         inner = feature.feature if isinstance(feature, List | LargeList) else None
         problem_type = problem_type or _problem_type(values, argument, nested=inner is not None)
         if problem_type == REGRESSION:
@@ -86,16 +86,15 @@ class Labels:
         ids = dict(enumerate(self.names))
         return head | {"id2label": ids, "label2id": {name: n for n, name in ids.items()}}
 
-    def encode(self, rows: Dataset, argument: str, column: str = "label") -> Dataset:
+    def encode(self, rows: Dataset, argument: str) -> Dataset:
         """Return the rows with labels as the model takes them: a class number, a float, or a float for each class.
 
         Raises:
             DataError: naming the first row whose label is missing, or is none of the classes.
         """
-        values = check_labels(rows, argument, column)
-        labels, values = self._of_rows(values, rows.features[column])
+        labels, values = self._of_rows(_labels_of(rows, argument), rows.features["label"])
         encoded = [labels._number(value, f"In `{argument}`, row {n}") for n, value in enumerate(values)]
-        return rows.remove_columns(column).add_column(column, encoded)
+        return rows.remove_columns("label").add_column("label", encoded)
 
     def _of_rows(self, values: list[Any], feature: Any) -> tuple["Labels", list[Any]]:
         """Return the labels and values of rows in which numbers of classes are this object's, or names.
@@ -161,25 +160,24 @@ class Labels:
         else:
             known = self.values
         if value not in known:
-            more = ", …" if len(known) > _NAMED else ""
             raise DataError(
                 f"{name} has the label {value!r}, which is none of the classes that the model is trained on: "
-                f"{', '.join(map(repr, known[:_NAMED]))}{more}. Fix the label, or train on such rows."
+                f"{listed([*map(repr, known)], _NAMED)}. Fix the label, or train on such rows."
             )
         return known.index(value)
 
 
-def check_labels(rows: Dataset, argument: str, column: str) -> list[Any]:
+def _labels_of(rows: Dataset, argument: str) -> list[Any]:
     """Return the labels of all rows.
 
     Raises:
         DataError: if rows have no label. It counts them and names the first.
     """
-    values = list(rows[column])
+    values = list(rows["label"])
     missing = [n for n, value in enumerate(values) if _is_missing(value)]
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(values)} rows of `{argument}` have no label in {column!r}; the first is row "
+            f"{len(missing)} of the {len(values)} rows of `{argument}` have no label in 'label'; the first is row "
             f"{missing[0]}. Give these rows a label, or drop them."
         )
     return values
@@ -209,8 +207,7 @@ def _classes(values: Iterable[Any], argument: str) -> tuple[tuple[str, ...], tup
     whole = {int(value) for value in found if _is_number(value) and float(value).is_integer()}
     if len(whole) == len(found) and min(whole) >= 0:
         return tuple(map(str, range(max(whole) + 1))), tuple(range(max(whole) + 1))
-    shown = sorted(map(repr, found))[:_NAMED]
-    raise DataError(f"The labels of `{argument}` are {', '.join(shown)}. {_REMEDY}")
+    raise DataError(f"The labels of `{argument}` are {listed(sorted(map(repr, found)), _NAMED)}. {_REMEDY}")
 
 
 def _check(values: Sequence[Any], argument: str, problem_type: str, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -224,7 +221,7 @@ def _check(values: Sequence[Any], argument: str, problem_type: str, fits: Callab
 
 
 def _described(labels: Labels, values: Sequence[Any]) -> Labels:
-    """Log the classes and their numbers of rows, so that a misspelt one is seen, and return the labels."""
+    """Log the classes and their numbers of rows, so that a misspelled one is seen, and return the labels."""
     if labels.multi_hot:
         counts = Counter({name: sum(bool(row[n]) for row in values) for n, name in enumerate(labels.names)})
     else:
@@ -232,9 +229,8 @@ def _described(labels: Labels, values: Sequence[Any]) -> Labels:
         each = chain.from_iterable(values) if labels.problem_type == MULTI else values
         numbers_of = Counter(each)
         counts = Counter({name: numbers_of[value] for name, value in zip(labels.names, known, strict=True)})
-    named = [f"{name} ({counts[name]:,})" for name in labels.names[:_NAMED]]
-    more = f" and {len(labels.names) - _NAMED} more" if len(labels.names) > _NAMED else ""
-    logger.info(f"Classes: {', '.join(named)}{more}")
+    counted = [f"{name} ({counts[name]:,})" for name in labels.names]
+    logger.info(f"Classes: {listed(counted, _NAMED)}")
     return labels
 
 

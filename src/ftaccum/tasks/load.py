@@ -17,7 +17,14 @@ from ..runtime.accelerator import is_first_process
 from ..runtime.library_output import library_bars
 from ..runtime.log import run_logging
 from ..settings.runtime import Runtime
-from .arguments import TASKS, NamedArguments, TrainArguments, faults_of_val_data
+from .arguments import (
+    LOADING_SETTINGS,
+    TASKS,
+    TEXT_SETTINGS,
+    NamedArguments,
+    TrainArguments,
+    faults_of_val_data,
+)
 from .loaded_models import remember_options
 from .model_source import ModelSource
 from .quantization import faults_of_quantization
@@ -25,15 +32,7 @@ from .rows import load_rows
 from .task import EncodingOptions, Task
 from .task_classes import task_class
 
-# The settings that loading depends on.
-_SETTINGS = (
-    "random_seed", "validation_split", "text_columns", "max_length", "add_eos_token", "preprocessing_num_workers",
-    "lora",
-)  # fmt: skip
-
-
 _SIMILAR = 0.85  # with less, a name often means another quantity
-_TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,23 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
     known = {f.name for f in fields(TrainArguments)}
     settings = {name: value for name, value in given.items() if name not in known}
-    refuse([f"`load_task` has no option {name!r}. {_hint(name, known)}" for name in settings if name not in _SETTINGS])
+    refuse(
+        [
+            f"`load_task` has no option {name!r}. {_hint(name, known)}"
+            for name in settings
+            if name not in LOADING_SETTINGS
+        ]
+    )
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     loaded = load(named, settings)
-    # `test_fine_tuning` tokenises the texts of some tasks.
-    text = {name: settings[name] for name in _TEXT_SETTINGS if name in settings}
+    # `test_fine_tuning` tokenizes the texts of some tasks.
+    text = {name: settings[name] for name in TEXT_SETTINGS if name in settings}
     return replace(loaded, more=loaded.more | text)
 
 
 def _hint(unknown: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(unknown, [*known, *_SETTINGS], 1, _SIMILAR)
+    near = difflib.get_close_matches(unknown, [*known, *LOADING_SETTINGS], 1, _SIMILAR)
     return f"Did you mean {near[0]!r}?" if near else "Give settings of the run to `test_fine_tuning`."
 
 
@@ -142,7 +147,7 @@ def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
     set_seed(recipe.random_seed)
     model, processor = source.load()
     remember_options(model, named)
-    workers = runtime.preprocessing_num_workers
+    workers = runtime.preprocessing_num_workers or 1
     options = EncodingOptions(recipe.text_columns, recipe.max_length, workers, recipe.add_eos_token)
     rows, train = train, task.encode(train, "train_data", processor, model, options)
     if val is not None:

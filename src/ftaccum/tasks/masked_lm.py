@@ -7,7 +7,7 @@ from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 from ..errors import refuse
 from .plain_text import PlainText
 from .task import EncodingOptions
-from .token_accuracy import PredictedTokens, TokenAccuracy
+from .token_accuracy import TokenAccuracy, accuracy_arguments
 
 
 class MaskedLM(PlainText):
@@ -37,5 +37,4 @@ class MaskedLM(PlainText):
         return {"data_collator": masks}
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        accuracy = TokenAccuracy(next_token=False)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
+        return accuracy_arguments(next_token=False)

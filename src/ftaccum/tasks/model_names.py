@@ -1,6 +1,5 @@
 """The folder or the repository on the hub that the name of a model stands for, and errors if there is none."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from transformers.utils.hub import cached_file
 
 from ..errors import SettingsError
 from ..tracking.auto_classes import AUTO_CLASSES
+from ..tracking.saved_model import ADAPTER
 from .arguments import TASKS
-from .reading.sources import near_names
+from .reading.sources import HUB_NAME, did_you_mean
 from .task_classes import task_class
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_name(option: str, name: str, revision: str | None = None, *, asks_hub: bool = True) -> None:
@@ -30,19 +28,19 @@ def check_name(option: str, name: str, revision: str | None = None, *, asks_hub:
     path = Path(name).expanduser()
     if path.exists():
         return
-    if name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
+    if name.startswith((".", "~")) or not HUB_NAME.fullmatch(name):
         raise SettingsError([f"`{option}` {name!r}: {missing_folder(path)}"])
     if not asks_hub:
         return
     try:
         cached_file(name, "config.json", revision=revision)
     except OSError as error:
-        if _is_of_absence(error) and not isinstance(try_to_load_from_cache(name, "adapter_config.json"), str):
+        if _is_of_absence(error) and not isinstance(try_to_load_from_cache(name, ADAPTER), str):
             of_revision = f" with the revision {revision!r}" if revision else ""
             raise SettingsError(
                 [
                     f"`{option}` {name!r}: there is no such folder here, and the hub cannot be reached or has no such "
-                    f"model{of_revision}. {_hint(path, 'Check the name.')}"
+                    f"model{of_revision}. {did_you_mean(path, folders_only=True) or 'Check the name.'}"
                 ]
             ) from error
 
@@ -51,7 +49,7 @@ def missing_folder(path: Path) -> str:
     """Return a sentence on a folder that is not there, with similar names."""
     if not path.parent.is_dir():
         return f"there is no folder {str(path.parent)!r}. Check the path."
-    return f"there is no such folder. {_hint(path, 'Check the path.')}"
+    return f"there is no such folder. {did_you_mean(path, folders_only=True) or 'Check the path.'}"
 
 
 def fault_of_class(option: str, name: str, model_class: Any, task: str | None) -> str | None:
@@ -82,8 +80,3 @@ def _is_of_absence(error: OSError) -> bool:
     return isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError) and not isinstance(
         cause, GatedRepoError
     )
-
-
-def _hint(path: Path, fallback: str) -> str:
-    near = [name for name in near_names(path) if Path(name).is_dir()]
-    return f"Do you mean {' or '.join(map(repr, near))}?" if near else fallback

@@ -8,11 +8,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForMultipleChoice
 
+from ..data.encode_table import encode_table
 from ..data.tokenize import token_limit
-from ..errors import DataError, TextWarning, warn_user
+from ..errors import DataError
 from ..metrics import Accuracy
 from ..runtime.log import logger
 from .columns import Role
+from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 
 _CUT = "was_cut"
@@ -37,21 +39,9 @@ class MultipleChoice(Task):
     def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
         limit = token_limit(processor, model.config, model, options.max_length)
         numbers = _numbers(rows, argument) if "label" in rows.column_names else None
-        encode = _Choices(processor, limit)
-        encoded = rows.select_columns(["context", "choices"]).map(
-            encode,
-            batched=True,
-            remove_columns=["context", "choices"],
-            num_proc=options.num_proc,
-            desc=f"Tokenising {argument}",
-        )
-        cut = encoded[_CUT][:]
-        if any(cut):
-            warn_user(
-                f"In `{argument}`, {sum(cut)} of {len(cut)} rows (the first is row {cut.index(True)}) are longer than "
-                f"{limit} tokens, and their contexts are truncated.",
-                TextWarning,
-            )
+        table = rows.select_columns(["context", "choices"])
+        encoded = encode_table(table, _Choices(processor, limit), options.n_processes, argument)
+        warn_of_rows(argument, encoded[_CUT][:], f"are longer than {limit} tokens, and their contexts are truncated.")
         encoded = encoded.remove_columns(_CUT)
         return encoded if numbers is None else encoded.add_column("labels", numbers)
 
@@ -70,7 +60,7 @@ class _Choices:
     tokenizer: Any
     limit: int | None
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]], positions: Sequence[int]) -> dict[str, list[Any]]:  # noqa: ARG002
         rows = [
             self._row(context, choices) for context, choices in zip(batch["context"], batch["choices"], strict=True)
         ]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import listed
+
 _LARGEST_HEAD = 0.1  # share of a model that can be new without a warning
 _NAMED = 6  # new weights to name
 
@@ -35,9 +37,8 @@ class NewWeights:
         return logging.WARNING if self.share > _LARGEST_HEAD else logging.INFO
 
     def __str__(self) -> str:
-        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
         fits = " Does the checkpoint belong to this kind of model?" if self.level == logging.WARNING else ""
         return (
-            f"New weights, which the checkpoint does not have: {', '.join(self.names[:_NAMED])}{more} "
+            f"New weights, which the checkpoint does not have: {listed(self.names, _NAMED)} "
             f"({100 * self.share:.2g}% of the model).{fits}"
         )

@@ -19,7 +19,7 @@ BLANK = "is_blank"  # a column of encoded documents: whether there is no text
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """A function for `Dataset.map` that tokenises texts without a limit.
+    """A function for `encode_table` that tokenizes texts without a limit.
 
     Attributes:
         column: the column of the texts.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ..data.text_columns import LABELS
+from ..data.labels import LABELS
 from ..errors import SettingsError
 from .columns import Role
 from .reading.rows import columns_of

@@ -30,7 +30,7 @@ def faults_of_quantization(*, load_in_4bit: bool, load_in_8bit: bool, has_adapte
 def quantization_config(*, load_in_4bit: bool, load_in_8bit: bool, dtype: Any = None) -> Any:
     """Return the `quantization_config` that `from_pretrained` takes; None if neither option is on.
 
-    The weights of linear layers get 4 bits (NF4, with their scales quantised again) or 8 bits. The others keep their
+    The weights of linear layers get 4 bits (NF4, with their scales quantized again) or 8 bits. The others keep their
     type. Train with `gradient_checkpointing` as usual; the model needs no other preparation.
 
     Args:
@@ -49,7 +49,7 @@ def quantization_config(*, load_in_4bit: bool, load_in_8bit: bool, dtype: Any = 
     if reason := _why_not(load_in_4bit):
         refuse(
             [
-                f"`{name}` is True, but bitsandbytes cannot quantise weights on this machine: {reason} Update it "
+                f"`{name}` is True, but bitsandbytes cannot quantize weights on this machine: {reason} Update it "
                 f"(`pip install -U bitsandbytes`), or leave `{name}` out."
             ]
         )
@@ -65,7 +65,7 @@ def quantization_config(*, load_in_4bit: bool, load_in_8bit: bool, dtype: Any = 
 
 
 def _why_not(load_in_4bit: bool) -> str | None:
-    """Return why bitsandbytes cannot quantise a small matrix on this process's device; None if it can."""
+    """Return why bitsandbytes cannot quantize a small matrix on this process's device; None if it can."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

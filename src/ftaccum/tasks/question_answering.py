@@ -67,7 +67,7 @@ class QuestionAnswering(Task):
             self._right = [each.texts for each in answers]
             texts = texts.add_column("start", [each.start for each in answers])
             texts = texts.add_column("end", [each.end for each in answers])
-        self._windows = encode_table(texts, self._encoder, f"Tokenising {argument}", options.num_proc or 1, argument)
+        self._windows = encode_table(texts, self._encoder, options.n_processes, argument)
         if "answers" in rows.column_names:
             self._warn_of_lost_answers(argument, [each.start >= 0 for each in answers])
         n_split = len(self._windows) - len(rows)
@@ -91,7 +91,7 @@ class QuestionAnswering(Task):
 
     def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
         texts = rows.select_columns(["question", "context"])
-        windows = encode_table(texts, self._encoder, "Tokenising data", 1, "data")
+        windows = encode_table(texts, self._encoder, 1, "data")
         best = best_answers(predictions, windows)
         return {
             "prediction": [best[n].text(context) for n, context in enumerate(rows["context"])],

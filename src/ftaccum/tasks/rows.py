@@ -17,7 +17,7 @@ from .task import Task
 
 
 def load_rows(
-    named: TrainArguments, task: Task, text_columns: Sequence[str] | None = None, seed: int = 42
+    named: TrainArguments, task: Task, text_columns: Sequence[str] | None, seed: int
 ) -> tuple[Any, Dataset | None]:
     """Return the training and validation rows, with the columns named by their roles. Log which columns are read.
 

@@ -1,12 +1,13 @@
 """Texts from texts with an encoder-decoder: summaries, translations, answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM
 
+from ..data.encode_table import encode_table
 from ..data.text_columns import show
 from ..data.text_encoder import CUT, TextEncoder
 from ..data.tokenize import most_tokens, token_limit
@@ -61,13 +62,9 @@ class Seq2Seq(Task):
         has_targets = "target" in rows.column_names
         if has_targets and is_first_process():
             _warn_without_end(processor)
-        encoded = rows.select_columns(["source", "target"] if has_targets else ["source"]).map(
-            _Encoder(processor, self.named.source_prefix or "", limit, longest),
-            batched=True,
-            remove_columns=["source", "target"] if has_targets else ["source"],
-            num_proc=options.num_proc,
-            desc=f"Tokenising {argument}",
-        )
+        table = rows.select_columns(["source", "target"] if has_targets else ["source"])
+        encode = _Encoder(processor, self.named.source_prefix or "", limit, longest)
+        encoded = encode_table(table, encode, options.n_processes, argument)
         drop = "Drop them if the model should not train on them."
         sentences = {
             CUT: f"have sources of more than {limit} tokens, the limit of `max_length`, the tokenizer or the model, "
@@ -115,7 +112,7 @@ class Seq2Seq(Task):
 
 @dataclass(frozen=True)
 class _Targets:
-    """A tokenizer that tokenises targets, which some languages and models need."""
+    """A tokenizer that tokenizes targets, which some languages and models need."""
 
     tokenizer: Any
 
@@ -136,7 +133,7 @@ class _Encoder:
     limit: int | None
     longest_target: int
 
-    def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[str]], positions: Sequence[int]) -> dict[str, list[Any]]:  # noqa: ARG002
         sources = TextEncoder(self.tokenizer, self.limit, None)
         encoded = sources([[f"{self.prefix}{source}" for source in batch["source"]]])
         encoded[_BLANK_SOURCE] = [not source.strip() for source in batch["source"]]

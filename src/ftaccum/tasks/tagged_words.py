@@ -17,7 +17,7 @@ CUT, N_LOST = "was_cut", "n_lost"  # columns of encoded rows: whether a row was 
 class TaggedWords:
     """Turns words into tokens, and their tags into labels: the first token of a word has its label, the others -100.
 
-    A row is tokenised as one text, with a space between words. Tokenizers such as RoBERTa's mark words by the space
+    A row is tokenized as one text, with a space between words. Tokenizers such as RoBERTa's mark words by the space
     before them, and would take separate words for parts of one.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..objective.item_counts import IGNORE_INDEX
 from ..runtime.log import logger
 from .columns import naming
@@ -46,9 +46,8 @@ class Tags:
             tags = cls(tuple(map(str, range(max(map(int, counts)) + 1))))
         else:
             tags = cls(given or tuple(sorted(counts, key=order_of_tag)))
-        named = [f"{name} ({counts[name]:,})" for name in tags.names[:_NAMED]]
-        more = f" and {len(tags.names) - _NAMED} more" if len(tags.names) > _NAMED else ""
-        logger.info(f"Tags: {', '.join(named)}{more}")
+        counted = [f"{name} ({counts[name]:,})" for name in tags.names]
+        logger.info(f"Tags: {listed(counted, _NAMED)}")
         return tags
 
     @property
@@ -61,11 +60,9 @@ class Tags:
         known = self.numbers
         for n, (_, tags) in enumerate(words_and_tags(rows, argument)):
             if unknown := [tag for tag in tags if tag not in known]:
-                more = ", …" if len(self.names) > _NAMED else ""
-                listed = ", ".join(map(repr, self.names[:_NAMED]))
                 raise DataError(
                     f"In `{argument}`, row {n} has the tag {unknown[0]!r}, which is none of those that the model is "
-                    f"trained on: {listed}{more}. Fix the tag, or train on such rows."
+                    f"trained on: {listed([*map(repr, self.names)], _NAMED)}. Fix the tag, or train on such rows."
                 )
 
 

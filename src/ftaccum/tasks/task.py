@@ -21,13 +21,13 @@ class EncodingOptions:
     Attributes:
         text_columns: the setting of this name.
         max_length: the most tokens of a row; None: as many as the model and the tokenizer accept.
-        num_proc: the number of processes that tokenise; None for this one.
+        n_processes: the number of processes that tokenize; with 1, this process does.
         add_eos_token: the setting of this name.
     """
 
     text_columns: Sequence[str] | None = None
     max_length: int | None = None
-    num_proc: int | None = None
+    n_processes: int = 1
     add_eos_token: bool = True
 
 
@@ -40,7 +40,7 @@ class Task:
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
         targets: the roles that a prediction does without.
-        reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
+        reads_text: whether `test_fine_tuning` tokenizes its rows, and shows which columns it reads.
         streams: whether it can train on a stream of rows.
     """
 

@@ -37,3 +37,8 @@ class TokenAccuracy:
             tokens, labels = tokens[:, :-1], labels[:, 1:]
         counted = labels != -100
         return {"token_accuracy": float((tokens == labels)[counted].mean()) if counted.any() else float("nan")}
+
+
+def accuracy_arguments(*, next_token: bool) -> dict[str, Any]:
+    """Return the arguments of `test_fine_tuning` that compute `TokenAccuracy`, which describes `next_token`."""
+    return {"compute_metrics": TokenAccuracy(next_token), "preprocess_logits_for_metrics": PredictedTokens()}

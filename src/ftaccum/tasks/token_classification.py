@@ -59,7 +59,7 @@ class TokenClassification(Task):
             check_words(rows, argument)
             encoder = TaggedWords(processor, self._limit)
         table = rows.select_columns(columns)
-        encoded = encode_table(table, encoder, f"Tokenising {argument}", options.num_proc or 1, argument)
+        encoded = encode_table(table, encoder, options.n_processes, argument)
         self._warn(encoded, argument)
         return encoded.remove_columns([CUT, N_LOST])
 

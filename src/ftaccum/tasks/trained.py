@@ -92,7 +92,9 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
     else:
         model, processor = source.load()
     task.read_config(model.config)
-    encoding = EncodingOptions(settings["text_columns"], settings["max_length"], None, settings["add_eos_token"])
+    encoding = EncodingOptions(
+        settings["text_columns"], settings["max_length"], add_eos_token=settings["add_eos_token"]
+    )
     if needs_targets:
         encoded = task.encode(rows, "data", processor, model, encoding)
     else:

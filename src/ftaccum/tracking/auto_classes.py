@@ -49,13 +49,8 @@ AUTO_CLASSES = tuple(
 )
 
 
-def auto_class_of(kind: type) -> AutoClass | None:
-    """Return the auto class that loads models of a class; None if there is none."""
-    return auto_class_named(kind.__name__)
-
-
 def auto_class_named(name: str) -> AutoClass | None:
-    """Return the auto class that loads models of the class of this name; None if there is none."""
+    """Return the auto class that loads models of the class with this name; None if there is none."""
     for auto_class in AUTO_CLASSES:
         loaded = getattr(modeling_auto, auto_class.mapping).values()
         if any(name == each or (isinstance(each, tuple) and name in each) for each in loaded):

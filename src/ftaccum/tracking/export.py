@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import OutputWarning, warn_user
+from ..insight.format import format_bytes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
 from ..runtime.sharding.tensors import is_sharded
@@ -18,7 +19,6 @@ from .model_files import remove_adapter, save_model
 from .result import Result
 from .trained_model import TrainedModel
 
-_UNITS = ("bytes", "KB", "MB", "GB", "TB")
 _WHOLE = ". The trained model is still in memory: save it to another place."
 _SHARDED = (
     ", and twice that while a sharded model is saved. The trained model is still in the memory of its processes: "
@@ -90,7 +90,7 @@ def _write(result: Result, ledger: Ledger, write_model: Callable[[], list[str]],
 
 def _write_model(trained: TrainedModel, run_dir: RunDir, weights: WholeWeights) -> list[str]:
     model, tokenizer, metadata = trained.model, trained.tokenizer, trained.metadata
-    remedy = f"The weights take {_describe(_bytes_of(model))}{_SHARDED if is_sharded(model) else _WHOLE}"
+    remedy = f"The weights take {format_bytes(_bytes_of(model))}{_SHARDED if is_sharded(model) else _WHOLE}"
     merges = trained.save != "adapter"
 
     def write(path: Path) -> None:
@@ -121,7 +121,7 @@ def _there_now(path: Path) -> list[str]:
     Return none if the path cannot be examined: the working folder or a network file system may be gone.
     """
     try:
-        free = f"{_describe(_free_at(path))} are free there."
+        free = f"{format_bytes(_free_at(path))} are free there."
         return [free, "An earlier version is still there."] if path.exists() else [free]
     except OSError:
         return []
@@ -134,8 +134,3 @@ def _bytes_of(model: nn.Module) -> int:
 
 def _free_at(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-
-
-def _describe(n_bytes: int) -> str:
-    power = min(len(_UNITS) - 1, (len(str(n_bytes)) - 1) // 3)
-    return f"{n_bytes / 1000**power:.1f} {_UNITS[power]}"

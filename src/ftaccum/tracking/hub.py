@@ -13,6 +13,7 @@ from ..insight.model_card import CARD, is_unchanged_card
 from ..rules.repository import is_repository_name
 from ..runtime.background import start_thread
 from ..runtime.log import logger
+from .saved_model import ADAPTER
 
 _PATIENCE = 60.0  # seconds for the check: the hub's client itself waits for as long as the network does
 # Weights that an earlier upload left there: `from_pretrained` may prefer them to those of the new model.
@@ -21,7 +22,7 @@ _WEIGHTS = [
     "*.safetensors.index.json",
     "pytorch_model*.bin*",
     "adapter_model.bin",
-    "adapter_config.json",
+    ADAPTER,
 ]
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 
@@ -174,7 +175,7 @@ def _card_of(repository: str) -> str | None:
 def _has_local_base(folder: Path) -> bool:
     """Return whether a folder has adapters of a model on this machine. The hub refuses PEFT's README.md of these."""
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError):
         return False
     return not is_repository_name(base) or Path(base).exists()

@@ -52,6 +52,11 @@ class WindowEntry:
     optimizer_seconds: float = math.nan
     peak_memory: int = 0
 
+    @property
+    def seconds(self) -> float:
+        """Time of the update, without audits; NaN if not known."""
+        return self.data_seconds + self.pass_seconds + self.optimizer_seconds
+
 
 @dataclass(frozen=True)
 class EpochEntry:

@@ -38,7 +38,7 @@ class LogPeriod:
         self._tokens += entry.tokens
         self._positions += entry.positions
         self._peak_memory = max(self._peak_memory, entry.peak_memory)
-        self._seconds += entry.data_seconds + entry.pass_seconds + entry.optimizer_seconds
+        self._seconds += entry.seconds
         if entry.skipped:
             self._n_skipped += 1
         else:

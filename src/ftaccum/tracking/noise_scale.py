@@ -12,7 +12,7 @@ from .step import NoiseMeasurement
 class NoiseScaleRecorder:
     """The running estimate of the noise scale, over all parts of an interrupted run."""
 
-    def __init__(self, n_training_rows: int | None = None) -> None:
+    def __init__(self, n_training_rows: int | None) -> None:
         """Create a recorder without measurements.
 
         Args:

@@ -19,7 +19,7 @@ from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
 from .trained_model import TrainedModel
-from .update_times import mean_speed, padding_of
+from .update_times import mean_speed, padding_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +128,7 @@ class Result(Mapping[str, Any]):
         initial = next((e for e in ledger.evaluations if not e.evaluation), None)
         evaluations = [e for e in ledger.evaluations if e.evaluation]
         lowest, best = Criterion().best(evaluations), criterion.best(evaluations)
-        last, padding = batch_sizes.at(len(windows) - 1), padding_of(windows)
+        last, padding = batch_sizes.at(len(windows) - 1), padding_share(windows)
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
             final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss if epochs else math.nan,
@@ -288,7 +288,7 @@ class Result(Mapping[str, Any]):
         return read_result(Path(path), _RESULT_NAMES, cls)
 
 
-def with_trained(result: Result, trained: TrainedModel | None, recorded: Recorded | None = None) -> Result:
+def with_trained(result: Result, trained: TrainedModel | None, recorded: Recorded | None) -> Result:
     """Return a result with a trained model, what is saved with it, and what the run has recorded in memory, if any."""
     result = replace(result)
     object.__setattr__(result, "_trained", trained)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .result import Result
 
 
-def report_result(result: "Result", path: str | Path | None, recorded: Recorded | None = None) -> Path:
+def report_result(result: "Result", path: str | Path | None, recorded: Recorded | None) -> Path:
     """Write the report of a result, and return its path. On several processes, only the main one writes.
 
     Args:
@@ -63,7 +63,7 @@ def write_report(runs: Sequence[RunCurves], file: Path, axis: Axis | None = None
         partial.write_text(text, encoding="utf-8")
 
 
-def plot_result(result: "Result", recorded: Recorded | None = None) -> "Figure":
+def plot_result(result: "Result", recorded: Recorded | None) -> "Figure":
     """Return a figure of a result, with a panel for each quantity that is known.
 
     Raises:

@@ -11,7 +11,7 @@ from ..insight.loading import SavedModel
 from ..insight.model_card import CARD, merged_card, model_card, save_card
 from ..insight.run_metadata import Named, RunMetadata, named_model
 from ..runtime.log import logger
-from .auto_classes import auto_class_of, auto_class_of_adapters
+from .auto_classes import auto_class_named, auto_class_of_adapters
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
 
@@ -110,7 +110,7 @@ def _classes(model: Any, task: str | None) -> dict[int, str]:
 
 def _loader(kind: type) -> tuple[str | None, str | None]:
     """Return the class of Transformers that loads models of a class, if there is one, and their task on the hub."""
-    if (auto_class := auto_class_of(kind)) is not None:
+    if (auto_class := auto_class_named(kind.__name__)) is not None:
         return auto_class.name, auto_class.task
     return (kind.__name__ if kind.__module__.startswith("transformers.") else None), None
 

@@ -25,20 +25,16 @@ def speeds(windows: Sequence[WindowEntry], unit: str) -> list[float]:
         windows: the updates.
         unit: "tokens" or "rows".
     """
-    return [getattr(w, unit) / time if (time := _seconds(w)) > 0 else math.nan for w in windows]
+    return [getattr(w, unit) / w.seconds if w.seconds > 0 else math.nan for w in windows]
 
 
 def mean_speed(windows: Sequence[WindowEntry], unit: str) -> float:
     """Return the tokens or rows per second of all updates whose times are known; NaN if there are none."""
-    timed = [(getattr(w, unit), time) for w in windows if (time := _seconds(w)) > 0]
-    return sum(done for done, _ in timed) / sum(time for _, time in timed) if timed else math.nan
+    timed = [w for w in windows if w.seconds > 0]
+    return sum(getattr(w, unit) for w in timed) / sum(w.seconds for w in timed) if timed else math.nan
 
 
-def padding_of(windows: Sequence[WindowEntry]) -> float | None:
+def padding_share(windows: Sequence[WindowEntry]) -> float | None:
     """Return the share of padding in the token positions of updates; None if their rows have no tokens."""
     positions = sum(w.positions for w in windows)
     return 1 - sum(w.tokens for w in windows) / positions if positions else None
-
-
-def _seconds(window: WindowEntry) -> float:
-    return window.data_seconds + window.pass_seconds + window.optimizer_seconds

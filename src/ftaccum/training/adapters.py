@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import SettingsError, refuse, shown
 from ..runtime.adapters import ModuleTree, has_adapters, is_peft_model, new_modules
+from ..runtime.model_traits import can_generate, is_encoder_decoder, output_embeddings
 from ..runtime.model_wrapper import model_to_save, with_model_to_save
 from ..runtime.state_guards import preserve_rng, seed_all
 
@@ -143,7 +144,7 @@ def head_modules(model: Any) -> list[str]:
     checkpoint.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not hasattr(model, prefix) or _has_output_embeddings(model):
+    if not prefix or not hasattr(model, prefix) or output_embeddings(model) is not None:
         return []
     return [
         name for name, child in model.named_children() if name != prefix and next(child.parameters(), None) is not None
@@ -156,9 +157,9 @@ def task_type(model: Any) -> str | None:
     for ending, task in _HEADS.items():
         if name.endswith(ending):
             return task
-    if not getattr(model, "can_generate", lambda: False)():
+    if not can_generate(model):
         return None
-    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
 
 
 def _configuration(lora: Any, model: nn.Module) -> Any:
@@ -244,13 +245,9 @@ def _linear_layers(model: nn.Module) -> str:
     )
 
 
-def _has_output_embeddings(model: Any) -> bool:
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None
-
-
 def _trains_tied_embeddings(model: Any, named: Collection[str]) -> bool:
     """Return whether these modules include the input embeddings, and the output embeddings share their weights."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False) or not _has_output_embeddings(model):
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False) or output_embeddings(model) is None:
         return False
     embeddings = model.get_input_embeddings()
     return any(

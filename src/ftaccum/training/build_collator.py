@@ -17,7 +17,7 @@ from ..data.probe_rows import sample_positions
 from ..data.row import Row
 from ..data.scan import look_at_columns
 from ..errors import DataError, SettingsError
-from ..objective.model_forward import ModelForward, accepted_arguments
+from ..objective.model_forward import accepted_arguments
 from ..objective.objective import Objective
 from ..objective.packing_check import difference_of_packing
 from ..objective.probe import EXPLAINED
@@ -72,12 +72,7 @@ def build_row_collator(components: Components, padding: PaddingCollator | None) 
 
 
 def measure_documents(
-    config: RunConfig,
-    forward: ModelForward,
-    objective: Objective,
-    rows: Rows,
-    padding: PaddingCollator,
-    labelled: list[int],
+    config: RunConfig, objective: Objective, rows: Rows, padding: PaddingCollator, labelled: list[int]
 ) -> Documents:
     """Measure whether the model keeps the documents of a packed row from attending to each other.
 
@@ -100,7 +95,7 @@ def measure_documents(
     as_documents.left = False  # with padding on the left, the first label would be predicted from padding
     as_packed.documents = Documents(shifted=objective.shifts)
     packed = [_joined(documents[n::rows_at_once], columns) for n in range(rows_at_once)]
-    off = difference_of_packing(model, forward, objective, as_documents(documents), as_packed(packed))
+    off = difference_of_packing(model, objective, as_documents(documents), as_packed(packed))
     if off <= EXPLAINED:
         return Documents(kept_apart=True, shifted=objective.shifts)
     name = type(model).__name__
@@ -140,12 +135,7 @@ def _joined(documents: list[Row], columns: Columns) -> Row:
 
 
 def check_padded_labels(
-    components: Components,
-    forward: ModelForward,
-    objective: Objective,
-    rows: Rows,
-    padding: PaddingCollator,
-    labelled: list[int],
+    components: Components, objective: Objective, rows: Rows, padding: PaddingCollator, labelled: list[int]
 ) -> None:
     """Check that the loss ignores the padding of labels that run along the tokens.
 
@@ -163,7 +153,7 @@ def check_padded_labels(
     if torch.equal(labels, another["labels"]):  # rows of one length
         return
     if labels.is_floating_point():
-        counted = difference_of_packing(components.model, forward, objective, one, another) > EXPLAINED
+        counted = difference_of_packing(components.model, objective, one, another) > EXPLAINED
     else:
         counted = "elements" in objective.report.ways.values()
     if counted:
@@ -176,7 +166,6 @@ def check_padded_labels(
 
 def packed_collator(
     components: Components,
-    forward: ModelForward,
     objective: Objective,
     rows: Rows,
     padded: RowCollator,
@@ -188,10 +177,11 @@ def packed_collator(
     Raises:
         SettingsError: if the model does not keep them apart, or cannot be given rows without padding.
     """
+    accepted = accepted_arguments(components.model)
     unfit = {
         "a `data_collator` is given, which pads": components.data_collator is not None,
         "it is not a causal language model (labels are not predicted from the previous token)": not objective.shifts,
-        "its `forward` does not accept `position_ids`": "position_ids" not in (forward.accepted or ()),
+        "its `forward` does not accept `position_ids`": "position_ids" not in (accepted or ()),
     }
     for reason, holds in unfit.items():
         if holds:
@@ -201,9 +191,9 @@ def packed_collator(
                     f"{reason}. Leave `padding_free` out to pad rows to the longest of their micro-batch."
                 ]
             )
-    packed = RowCollator(PackingCollator(ignore_index), forward.accepted)
+    packed = RowCollator(PackingCollator(ignore_index), accepted)
     few = _few_labelled(labelled)
-    off = difference_of_packing(components.model, forward, objective, padded(rows, few), packed(rows, few))
+    off = difference_of_packing(components.model, objective, padded(rows, few), packed(rows, few))
     if not off <= EXPLAINED:
         raise SettingsError(
             [

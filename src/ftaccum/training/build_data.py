@@ -103,30 +103,31 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     for each, collator in zip(given.all, (row_collator, val_collator), strict=False):
         check_token_cap(config, each, row_collator, is_stream=stream is not None)
         collator.find_draws(each)
-    sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
-    forward = build_forward(config, sample, rows)
+    batch = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
+    forward = build_forward(config, batch, rows)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
-        _check_validation(components, sample, check_sample(val_rows, val_collator, ranges))
+        _check_validation(components, batch, check_sample(val_rows, val_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
-    few = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
-    for group in few.rare:
+    sample = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
+    for group in sample.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
-    forward, objective = build_objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
+    forward, objective = build_objective(
+        config, accelerator, forward, rows, row_collator, sample, labelled, ignore_index
+    )
     if padding is not None and val_padding is not None:
-        check_padded_labels(components, forward, objective, rows, padding, labelled)
-        documents = measure_documents(config, forward, objective, rows, padding, labelled)
-        padding.documents = val_padding.documents = documents
-        sample = check_sample(rows, row_collator, ranges)
+        check_padded_labels(components, objective, rows, padding, labelled)
+        padding.documents = val_padding.documents = measure_documents(config, objective, rows, padding, labelled)
+        batch = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
-    pins = _pins_memory(accelerator, sample)
+    pins = _pins_memory(accelerator, batch)
     load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pins)
     if runtime.padding_free:
-        row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
+        row_collator = packed_collator(components, objective, rows, row_collator, labelled, ignore_index)
     return TrainingData(
         rows,
         val_rows,
@@ -135,12 +136,12 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         None if val_rows is None else load(val_rows, val_collator),
         ignore_index,
         synthetic=components.train_data is None,
-        loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, few),
+        loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, sample),
         text_notes=given.notes,
         text_columns=given.text_columns,
         loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
-        packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
+        packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in batch,
         longest=longest_width(runtime, rows, row_collator),
     )
 

@@ -23,8 +23,8 @@ from ..checkpoint.compatibility import (
 from ..data.iterable import is_stream
 from ..planning.batch_size import BatchSizes
 from ..planning.halves import MeasuredWindows
-from ..runtime.accelerator import device_name
 from ..runtime.adapters import has_adapters
+from ..runtime.device_state import device_name
 from ..tasks.loaded_models import options_of
 from ..tracking.run_record import RunRecord, size_entries
 from .build_data import TrainingData

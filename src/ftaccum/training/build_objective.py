@@ -36,15 +36,15 @@ from .declared import counter_of
 from .loss_faults import loss_fault
 
 
-def build_forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
+def build_forward(config: RunConfig, batch: Any, rows: Rows) -> ModelForward:
     """Return the forward pass with the loss that the arguments define, before `class_weights` and similar settings."""
     components = config.components
     if config.recipe.loss_over == "window":
         assert components.loss_fn is not None, "refused with the settings"
         window_loss = WindowLoss(components.loss_fn, components.loss_inputs)
         window_loss.to(next(components.model.parameters()).device)
-        return WindowForward(components.model, sample, window_loss)
-    return ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
+        return WindowForward(components.model, batch, window_loss)
+    return ModelForward(components.model, batch, components.loss_fn, token_ids=rows.are_token_ids)
 
 
 def build_objective(
@@ -53,7 +53,7 @@ def build_objective(
     forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
-    few: Sample,
+    sample: Sample,
     labelled: list[int],
     ignore_index: int,
 ) -> tuple[ModelForward, Objective]:
@@ -61,7 +61,7 @@ def build_objective(
 
     Args:
         forward: the forward pass before `class_weights` and similar settings.
-        few: the rows to measure on.
+        sample: the rows to measure on.
         labelled: positions of rows with labels that count, for messages.
         ignore_index: the label that the loss ignores.
 
@@ -72,22 +72,22 @@ def build_objective(
     components, recipe = config.components, config.recipe
     try:
         if isinstance(forward, WindowForward):
-            return forward, window_objective(components.model, forward, few)
-        loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
+            return forward, window_objective(components.model, forward, sample)
+        loss = build_class_loss(components, recipe, forward, rows, row_collator, sample.together, ignore_index)
         if loss is not None:
-            forward = ModelForward(components.model, few.together, loss)
-        cache = build_cache(config, forward.loss_fn, few, ignore_index)
+            forward = ModelForward(components.model, sample.together, loss)
+        cache = build_cache(config, forward.loss_fn, sample, ignore_index)
         all_logits = _needs_all_logits(config, accelerator)
         measure = partial(_measure, config, ignore_index, cache, all_logits is None)
-        short = few.short if forward.is_own and config.runtime.audit else None
-        forward, objective, few = _measured_on_short_or_whole(components.model, forward, short, few, measure, cache)
+        short = sample.short if forward.is_own and config.runtime.audit else None
+        forward, objective, sample = _measured(components.model, forward, short, sample, measure, cache)
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     found: LabelledHead | str | None = all_logits or forward.labelled_head
     if found is None:
-        found = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        found = find_labelled_head(components.model, sample, objective, ignore_index)
         if isinstance(found, LabelledHead) and cache is not None:
             cache.allow_labels(gives_logits=found.gives_logits)
     if isinstance(found, LabelledHead):
@@ -96,17 +96,15 @@ def build_objective(
         logger.debug("Logits are computed at labelled positions only.")
     else:
         logger.debug(f"Logits are computed at all positions: {found}.")
-        forward.last_layer = _last_layer(config, accelerator, forward, few, objective)
+        forward.last_layer = _last_layer(config, accelerator, sample, objective)
     return forward, objective
 
 
-def _last_layer(
-    config: RunConfig, accelerator: Accelerator, forward: ModelForward, few: Sample, objective: Objective
-) -> LastLayer | None:
+def _last_layer(config: RunConfig, accelerator: Accelerator, sample: Sample, objective: Objective) -> LastLayer | None:
     """Return the last layer if it is enough to compute it at the positions that are read; else None."""
     if config.runtime.loss_head == "full" or config.runtime.compile or compiles_models(accelerator):
         return None
-    found = find_last_layer(config.components.model, forward, few, objective)
+    found = find_last_layer(config.components.model, sample, objective)
     if isinstance(found, LastLayer):
         logger.debug("The last layer is computed only at the positions that are read.")
         return found
@@ -114,7 +112,7 @@ def _last_layer(
     return None
 
 
-def _measured_on_short_or_whole(
+def _measured(
     model: nn.Module,
     forward: ModelForward,
     short: Sample | None,
@@ -136,7 +134,7 @@ def _measured_on_short_or_whole(
         tried = copy.deepcopy(forward)  # measuring changes it: where its loss is, its terms, its labelled head
         try:
             objective = measure(tried, short)
-            is_enough = is_plain(objective.report) and explains_whole_rows(model, tried, objective, whole, cache)
+            is_enough = is_plain(objective.report) and explains_whole_rows(model, objective, whole, cache)
         except Exception as error:  # a model may need rows of one length
             if is_out_of_memory(error):
                 raise  # whole rows do not fit either
@@ -154,13 +152,13 @@ def _measure(
     cache: VerdictCache | None,
     tries_labels: bool,
     forward: ModelForward,
-    few: Sample,
+    sample: Sample,
 ) -> Objective:
     model = config.components.model
     return measured_objective(
         model,
         forward,
-        few,
+        sample,
         item_counter=counter_of(model, forward.loss_fn, ignore_index),
         count_items=config.components.count_items,
         sums=config.components.reduction == "sum",

@@ -10,7 +10,7 @@ from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sharded import ShardedGradients
 from ..runtime.optimizers import switches_weights, training_weights
-from ..runtime.tensor_collectives import copy_from_main
+from ..runtime.tensor_collectives import broadcast_parameters
 from .base_run import Run
 from .closure import check_step
 from .config import RunConfig
@@ -75,4 +75,5 @@ class OptimizedRun(Run):
         super()._prepare_model(stack)
         if self._loss_module is not None:
             self._loss_module.to(self.accelerator.device)
-            copy_from_main(self._loss_module, self.process_group)
+            if not self.process_group.is_single:
+                broadcast_parameters(self._loss_module)

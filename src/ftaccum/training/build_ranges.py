@@ -14,7 +14,7 @@ from ..data.dataset import Rows
 from ..data.probe_rows import sample_positions
 from ..data.row import length_of
 from ..data.value_ranges import ValueRanges
-from ..objective.batch_changes import fresh_batch
+from ..objective.batch_changes import fresh_batch_for
 from ..objective.embedding_limits import EmbeddingLimits, find_embedding_limits
 from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
@@ -86,13 +86,13 @@ def _tried_rows(
     A successful pass reaches the embeddings that its row uses. A failed one ends at a faulty number of its row, so
     another row follows.
     """
-    device, tried = next(model.parameters()).device, list[_Trial]()
+    tried: list[_Trial] = []
     cut, whole = _few_rows(forward, rows, row_collator)
     if cut:
-        few = [fresh_batch(row, device) for row in cut]
+        few = [fresh_batch_for(model, row) for row in cut]
         if (first := _Trial.of(forward, model, few[0])).outputs is not None:
             return few, [first]
-    few = [fresh_batch(row, device) for row in whole()]
+    few = [fresh_batch_for(model, row) for row in whole()]
     for row in few:
         tried.append(_Trial.of(forward, model, row))
         if tried[-1].outputs is not None:

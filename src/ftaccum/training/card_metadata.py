@@ -10,7 +10,7 @@ from ..insight.run_metadata import Named, RunMetadata, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import named_sizes
-from ..runtime.accelerator import device_name
+from ..runtime.device_state import device_name
 from ..runtime.log import logger
 from ..tracking.result import Result
 from .adapter_summary import summarize_adapters

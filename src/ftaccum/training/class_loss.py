@@ -16,6 +16,7 @@ from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
 from ..objective.own_cross_entropy import own_cross_entropy
+from ..runtime.model_traits import output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import inspection_mode
 from ..settings.recipe import Recipe
@@ -59,7 +60,7 @@ def build_class_loss(
         raise SettingsError([f"`{name}` is {shown(getattr(recipe, name))}, but {reason}. {_INSTEAD}"])
     if not recipe.class_weights:
         return replace(plain, label_smoothing=smoothing)
-    if plain.shifted or _predicts_tokens(model):
+    if plain.shifted or output_embeddings(model_to_save(model)) is not None:
         raise SettingsError(
             [
                 f"`class_weights` is {shown(recipe.class_weights)}, but {type(model).__name__} predicts the tokens of "
@@ -88,13 +89,6 @@ def _unfit_labels(model: Any, batch: Batch) -> str | None:
     if isinstance(ids, Tensor) and ids.ndim == 3:
         return "each row has choices of its own (multiple choice), which are no classes"
     return None
-
-
-def _predicts_tokens(model: Any) -> bool:
-    try:
-        return model_to_save(model).get_output_embeddings() is not None
-    except (AttributeError, NotImplementedError):
-        return False
 
 
 def _balanced(

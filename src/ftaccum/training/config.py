@@ -17,6 +17,7 @@ from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
 from ..objective.window_loss import LossInputs
+from ..runtime.model_traits import can_generate
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.launcher import loads_on_one_process
 from ..runtime.sharding.tensors import has_sharded_tensors
@@ -206,8 +207,7 @@ def _faults_of_own_loss(components: Components, recipe: Recipe) -> list[str]:
 
 
 def _is_causal_lm(model: Any, config: Any) -> bool:
-    generates = getattr(model, "can_generate", lambda: False)()
-    return generates and not getattr(config, "is_encoder_decoder", False)
+    return can_generate(model) and not getattr(config, "is_encoder_decoder", False)
 
 
 def _faults_of_generation(components: Components) -> list[str]:

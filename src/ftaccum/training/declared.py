@@ -66,7 +66,7 @@ def counter_of(model: nn.Module, loss_fn: Any, ignore_index: int) -> ItemCounter
         ignored, weights = _declared(model, source, "ignore_index"), class_weights_of(model, source)
         return ignored if isinstance(ignored, int) else ignore_index, weights
 
-    return ItemCounter(ignore_index, declared=declared)
+    return ItemCounter(ignore_index, declared)
 
 
 def _declared(model: nn.Module, loss_fn: Any, name: str) -> Any:

@@ -35,12 +35,8 @@ def evaluate_rows(config: RunConfig) -> Evaluated:
         DataError: if the rows cannot be used.
         SettingsError: if the metrics cannot be computed.
     """
-    with EvaluationRun(config) as run:
+    with Run(config) as run:
         groups = EvaluationGroups(len(run.data.train_rows), config.recipe.effective_batch_size or _ROWS_TOGETHER)
         if run.data.objective.window is not None:
             logger.info(f"{groups.describe()}.")
         return Evaluated(groups.n_rows, *build_evaluation(run, run.data.train, groups)(run.model))
-
-
-class EvaluationRun(Run):
-    """A run that evaluates its model and does not train it."""

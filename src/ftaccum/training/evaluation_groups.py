@@ -21,9 +21,6 @@ class EvaluationGroups:
     n_rows: int
     size: int
 
-    def __len__(self) -> int:
-        return -(-self.n_rows // self.size)
-
     def __iter__(self) -> Iterator[RowIndices]:
         for start in range(0, self.n_rows, self.size):
             yield tuple(range(start, min(start + self.size, self.n_rows)))

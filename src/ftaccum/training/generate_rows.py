@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..objective.item_counts import IGNORE_INDEX
+from ..runtime.model_traits import is_encoder_decoder
 from ..runtime.state_guards import training_mode
-from .generation_config import is_encoder_decoder
 from .generator import Generator
 
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ..data.tokenize import most_tokens
 from ..errors import SettingsError, shown
+from ..runtime.model_traits import can_generate, is_encoder_decoder
 
 _NAME = "`generation_kwargs`"
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
@@ -69,7 +70,7 @@ def generation_config(model: Any, options: Mapping[str, Any], pad_token_id: int 
     Raises:
         SettingsError: if the model cannot generate, or an option is unknown, invalid, or depends on the batch.
     """
-    if not getattr(model, "can_generate", lambda: False)():
+    if not can_generate(model):
         raise SettingsError(
             [
                 f"{_NAME} is given, but {type(model).__name__} cannot generate. Load a model with a language-modelling "
@@ -98,10 +99,6 @@ def generation_config(model: Any, options: Mapping[str, Any], pad_token_id: int 
     if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = next((n for n in (pad_token_id, *end_tokens(config)) if n is not None), 0)
     return config
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:

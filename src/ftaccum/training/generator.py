@@ -14,10 +14,12 @@ from ..data.tokenize import most_tokens
 from ..errors import DataError, SettingsError
 from ..objective.item_counts import IGNORE_INDEX, Batch, rows_of
 from ..objective.model_forward import accepted_arguments, is_label
+from ..runtime.adapters import base_of
 from ..runtime.model_context import computes_in_16_bits, run_eagerly
+from ..runtime.model_traits import is_encoder_decoder
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.temporary_attribute import temporary_attribute
-from .generation_config import end_tokens, generation_config, is_encoder_decoder
+from .generation_config import end_tokens, generation_config
 from .left_padding import ignores_left_padding
 from .prompts import left_padded, prompt_of
 
@@ -135,10 +137,9 @@ class Generator:
 
     def _generate(self, model: Any, inputs: Mapping[str, Any], config: GenerationConfig, row: int) -> Tensor:
         """Run `model.generate`, and leave the model's own config and the random generators unchanged."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         more = {} if config.stop_strings is None else {"tokenizer": self._tokenizer}
         # `generate` takes what is None in its argument from the model's own config.
-        with preserve_rng(), temporary_attribute(base, "generation_config", config), run_eagerly(model):
+        with preserve_rng(), temporary_attribute(base_of(model), "generation_config", config), run_eagerly(model):
             if config.do_sample:
                 seed_all(self._seed, row)
             # Processes with sharded weights wait for each other by other means.

@@ -8,11 +8,12 @@ from torch import nn
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..errors import DataError
-from ..objective.batch_changes import fresh_batch
+from ..objective.batch_changes import fresh_batch_for
 from ..objective.embedding_limits import columns_of
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
 from ..objective.window_forward import WindowForward
+from ..runtime.model_traits import can_generate
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -55,11 +56,10 @@ def _failing_row(
     components: Components, forward: ModelForward, rows: Rows, row_collator: RowCollator, candidates: Sequence[int]
 ) -> int | None:
     """Return the position of the first row that fails when it is run separately, or None."""
-    device = next(components.model.parameters()).device
     for position in candidates:
         try:
             with inspection_mode(components.model, *forward.modules):
-                row = fresh_batch(row_collator.seeded(rows, [position], 0), device)
+                row = fresh_batch_for(components.model, row_collator.seeded(rows, [position], 0))
                 if isinstance(forward, WindowForward):  # its loss may not take a single row
                     forward.values(components.model, row)
                 else:
@@ -128,7 +128,7 @@ def _of_two_tensors(model: Any, loss_fn: Any, row: Batch, accepted: Collection[s
     own = "leave `loss_fn` out: the model computes its own loss." if "labels" in accepted else ""
     labels = targets_of(row)
     is_of_tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
-    if own and is_of_tokens and getattr(model, "can_generate", lambda: False)():  # its labels must be shifted
+    if own and is_of_tokens and can_generate(model):  # its labels must be shifted
         return f"{problem} Give rows that are dicts, and {own}"
     batch, targets = ("batch", "batch['labels']") if isinstance(row, Mapping) else ("targets", "targets")
     first, second = ("outputs.logits", targets)

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 
 from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
-from ..objective.item_counts import Batch, targets_of
+from ..objective.item_counts import Batch, are_per_token, targets_of
 from ..objective.labelled_head import NeededLogits
 from ..objective.labelled_positions import LabelledPositions
 from ..objective.objective import Objective
@@ -184,8 +184,7 @@ class Metrics:
             predictions = unwrapped(without_numbers(named))
             check_form(predictions, n_rows, "The outputs of the model for `compute_metrics`")
             return predictions
-        is_by_token = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-        if self._by_position and is_by_token:
+        if self._by_position and are_per_token(labels):
             predictions = self._predictions_by_position(logits_of(named), labels, micro)
         else:
             predictions = self._preprocessed(unwrapped(named), labels, micro)

@@ -1,10 +1,11 @@
 """The parts of a model whose learning rates may differ: its head, its layers and its embeddings."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
+from ..runtime.model_traits import output_embeddings
 from ..runtime.model_wrapper import model_to_save
 
 
@@ -23,9 +24,10 @@ def head_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of all embeddings, and those of the layer that computes the logits of a language model."""
-    find_output: Callable[[], nn.Module | None] = getattr(model_to_save(model), "get_output_embeddings", lambda: None)
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return {p for module in (*modules, find_output()) if module is not None for p in module.parameters()}
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if (output := output_embeddings(model_to_save(model))) is not None:
+        modules.append(output)
+    return {p for module in modules for p in module.parameters()}
 
 
 def layer_depths(model: nn.Module) -> dict[nn.Parameter, tuple[int, str]]:

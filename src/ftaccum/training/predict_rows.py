@@ -17,6 +17,7 @@ from .build_collator import build_padding, build_row_collator
 from .build_evaluation import build_generator
 from .build_rows import build_rows
 from .config import RunConfig
+from .evaluation_groups import EvaluationGroups
 from .predictions import (
     BatchPredictions,
     check_form,
@@ -91,8 +92,7 @@ class PredictionRun(Run):
         assert not runtime.limits_tokens_automatically, "checked with the options"
         limits = BatchLimits(runtime.batch_size if runtime.token_limit is None else None, runtime.token_limit)
         planner = MicroBatchPlanner(limits, num_processes=self.process_group.size)
-        for start in range(0, len(rows), _ROWS_SORTED):
-            positions = tuple(range(start, min(start + _ROWS_SORTED, len(rows))))
+        for positions in EvaluationGroups(len(rows), _ROWS_SORTED):
             pieces = planner.split(positions, rows.lengths(positions))[self.accelerator.process_index]
             yield from (piece.rows for piece in pieces if piece.rows)
 

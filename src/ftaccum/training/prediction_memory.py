@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..objective.item_counts import tensors_of
+from ..runtime.model_traits import output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from .predictions import unwrapped, without_numbers
 
@@ -63,9 +64,7 @@ def vocabulary_sizes(model: nn.Module, config: Any) -> set[int]:
     nested = ("text_config", "decoder")  # of models of images and text, and of an encoder with a decoder
     configs = [config, *(getattr(config, name, None) for name in nested)]
     sizes = {getattr(each, "vocab_size", None) for each in configs}
-    inner = model_to_save(model)
-    if hasattr(inner, "get_output_embeddings"):
-        sizes.add(getattr(inner.get_output_embeddings(), "out_features", None))
+    sizes.add(getattr(output_embeddings(model_to_save(model)), "out_features", None))
     return {size for size in sizes if isinstance(size, int)}
 
 

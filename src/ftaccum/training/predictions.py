@@ -15,6 +15,7 @@ from ..errors import SettingsError, shown
 from ..objective.item_counts import IGNORE_INDEX, Batch, targets_of, tensors_of
 from ..objective.own_loss import LOSS
 from ..planning.micro_batches import RowIndices
+from ..runtime.adapters import base_of
 from ..runtime.process_group import ProcessGroup
 
 _PIECE = 2**24  # bytes that a process sends to the main process at a time
@@ -55,7 +56,7 @@ class BatchPredictions:
 
 def label_columns(model: nn.Module) -> tuple[str, ...]:
     """Return the columns that `Trainer` takes as the labels of a Transformers model; none for other models."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_of(model)
     return tuple(find_labels(type(base))) if isinstance(base, PreTrainedModel) else ()
 
 

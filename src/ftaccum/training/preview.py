@@ -13,6 +13,7 @@ from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.device_state import finish_work, forget_peak_memory, peak_memory
 from ..runtime.memory import is_out_of_memory
+from ..runtime.model_traits import output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.state_guards import preserve_gradients
 from .base_run import Run
@@ -68,15 +69,12 @@ class PreviewRun(Run):
         if labels.ndim != 1:
             return names.get(int(labels), str(labels.tolist())) if labels.ndim == 0 else _cut(labels.tolist())
         vocabulary = getattr(self.model.config, "vocab_size", 0) or 0
-        if tokenizer is not None and len(names) < vocabulary and self._predicts_tokens():
+        predicts_tokens = output_embeddings(model_to_save(self.model)) is not None  # so that labels may be token ids
+        if tokenizer is not None and len(names) < vocabulary and predicts_tokens:
             words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist())
         else:
             words = [names.get(n, str(n)) for n in labels.tolist()]
         return _cut(["·" if n == ignored else word for n, word in zip(labels.tolist(), words, strict=True)])
-
-    def _predicts_tokens(self) -> bool:
-        """Return whether the model is a language model or has a decoder, so that labels are token ids."""
-        return getattr(model_to_save(self.model), "get_output_embeddings", lambda: None)() is not None
 
     def _costs(self) -> list[str]:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())

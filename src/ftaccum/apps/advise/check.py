@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
     experiment = run.experiment(options.share, options.seeds)
     size = run.run_with["batch_size"] if options.batch_size is None else options.batch_size
     is_main, shows = is_first_process(), runtime["verbosity"] != "quiet"
-    with _locked(folder, needed=is_main), _working_folder(run):
+    with _locked(folder) if is_main else nullcontext(), _working_folder(run):
         branches = Branches.load(run, experiment, runtime | {"batch_size": size})
         if is_main:
             print(describe(run, experiment, branches, size), flush=True)
@@ -140,17 +140,16 @@ def _working_folder(run: RecordedRun) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, *, needed: bool) -> Iterator[None]:
-    """Keep other runs, which could remove the checkpoint, out of a folder; only on the process that needs it.
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs, which could remove the checkpoint, out of a folder.
 
     Raises:
         SettingsError: if a run uses the folder.
     """
     with ExitStack() as stack:
-        if needed:
-            try:
-                stack.enter_context(RunDir(folder.absolute()).lock())
-            except CheckpointError as error:
-                running = f"The run in {str(folder)!r} is training at the moment."
-                raise SettingsError([f"{running} Check it when it has ended or was interrupted."]) from error
+        try:
+            stack.enter_context(RunDir(folder.absolute()).lock())
+        except CheckpointError as error:
+            running = f"The run in {str(folder)!r} is training at the moment."
+            raise SettingsError([f"{running} Check it when it has ended or was interrupted."]) from error
         yield

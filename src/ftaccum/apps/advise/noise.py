@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import SettingsError
 from ...insight.noise_words import describe_noise, describe_scale, is_bounded, is_known, rounded
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
-from ..run_folder import find_fault
+from ..run_folder import check_run_folder
 
 _LEVEL = "90% interval"
 _CAVEATS = """Three caveats (docs/noise_scale.md):
@@ -28,14 +27,12 @@ def describe_run(folder: Path) -> str:
         SettingsError: if the folder has no run.
         DataError: if the run has not completed an update yet.
     """
-    run_dir = RunDir(folder)
-    if fault := find_fault(folder):
-        raise SettingsError([fault])
+    check_run_folder(folder)
     result = Result.load(folder)
     updates = result.optimizer_steps + result.skipped_steps
     head = f"Run: {folder}, {updates:,} updates, {result.effective_batch_size:,} rows an update"
     if result.noise_scale is None:
-        return "\n".join([head, _unmeasured(result, RunRecord.read(run_dir.record)), _CHECK.format(run=folder)])
+        return "\n".join([head, _unmeasured(result, RunRecord.read(RunDir(folder).record)), _CHECK.format(run=folder)])
     if not is_known(result.noise_scale):
         remedy = "Train longer, or measure more often: `noise_scale` is the number of updates between two measurements."
         known = describe_noise(result.noise_scale)

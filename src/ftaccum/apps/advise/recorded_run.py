@@ -19,7 +19,7 @@ from ...tasks.arguments import TrainArguments
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 from ...tracking.update_times import mean_speed
-from ..run_folder import find_fault
+from ..run_folder import check_run_folder
 from .experiment import Experiment, experiment_of, steady_rate
 
 
@@ -48,8 +48,7 @@ class RecordedRun:
         Raises:
             SettingsError: if a call from Python started the run, it reads a stream, or it has no such checkpoint.
         """
-        if fault := find_fault(folder):
-            raise SettingsError([fault])
+        check_run_folder(folder)
         record = RunRecord.read(RunDir(folder).record)
         if record is None:
             raise SettingsError(

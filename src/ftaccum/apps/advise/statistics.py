@@ -8,7 +8,7 @@ from typing import Any
 from ...insight.student_t import t_quantile
 from .experiment import CELLS, Cell, Experiment
 
-CONFIDENCE = 0.9
+CONFIDENCE = 0.9  # probability that an interval covers the expected loss, if losses are normally distributed
 _NAMES = {0.5: "half the batch", 1.0: "the run's batch", 2.0: "twice the batch"}
 _SIGNS = {0.5: "½", 1.0: "1", 2.0: "2"}
 _NO_VERDICT = "No verdict:"
@@ -66,12 +66,11 @@ class Interval:
         return f"{self.mean:.5g}" + (f" ± {self.half_width:.2g}" if self.is_known else "")
 
 
-def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return the interval for the mean of losses by Student's t: t · s / √n, with n − 1 degrees of freedom.
+def interval_of(losses: Sequence[float]) -> Interval:
+    """Return the 90% interval for the mean of losses by Student's t: t · s / √n, with n − 1 degrees of freedom.
 
     Args:
         losses: at least one loss, or difference of losses.
-        confidence: probability that the interval covers the expected loss, if the losses are normally distributed.
     """
     n = len(losses)
     if not all(map(math.isfinite, losses)):
@@ -80,7 +79,7 @@ def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Inte
     if n < 2:
         return Interval(mean, math.nan)
     deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / (n - 1))
-    return Interval(mean, t_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n))
+    return Interval(mean, t_quantile((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n))
 
 
 def intervals_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:

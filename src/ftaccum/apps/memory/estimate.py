@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...runtime.attention import stores_attention_matrices
+from ...runtime.model_traits import stores_attention_matrices
 from ...runtime.sharding.units import candidate_units
 from ...settings.recipe import Recipe
 from ...training.parameter_groups import parameter_groups

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import transformers
 from transformers import AutoConfig, AutoModel
 
 from ...errors import SettingsError, first_line
-from ...tasks.arguments import TASKS
+from ...tasks.task_classes import task_class
 
 
-def model_without_weights(name: str, task: str | None = None, dtype: str = "auto") -> Any:
+def model_without_weights(name: str, task: str | None, dtype: str) -> Any:
     """Return a model on the meta device, as `from_pretrained` would build it. No weights are loaded or downloaded.
 
     Args:
@@ -55,14 +54,9 @@ def model_of_config(config: Any, task: str | None = None, dtype: str = "auto") -
     config.dtype = kind  # which older versions of Transformers prefer to the argument below
     with torch.device("meta"), _default_dtype(kind):
         if task is not None:
-            return _head_of(task).from_config(config, dtype=kind)
+            return task_class(task).model_class.from_config(config, dtype=kind)
         own = getattr(transformers, (config.architectures or [""])[0], None)
         return AutoModel.from_config(config, dtype=kind) if own is None else own(config)
-
-
-def _head_of(task: str) -> Any:
-    module, _, name = TASKS[task].partition(":")
-    return getattr(import_module(module), name).model_class
 
 
 @contextmanager

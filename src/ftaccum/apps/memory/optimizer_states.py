@@ -52,7 +52,7 @@ NOTES: Mapping[str, str] = {
 }
 
 
-def state_bytes(optimizer: str, shape: Shape, size: int, *, is_hidden: bool = False) -> int:
+def state_bytes(optimizer: str, shape: Shape, size: int, *, is_hidden: bool) -> int:
     """Return the bytes of state that an optimizer keeps for one parameter.
 
     Args:

@@ -23,6 +23,7 @@ from optuna import Study
 from ...errors import DataError, SettingsError
 from ...runtime.host import usable_cpus
 from ...runtime.signals import StopSignals
+from ..exit_status import INTERRUPTED
 from .definition import Search
 from .processes import open_trial_processes
 from .retry import n_counted
@@ -32,7 +33,6 @@ from .worker import ON_INTERRUPT, TrialExecutor, Worker
 
 _POLL = 0.5  # seconds between checks of the study
 _PATIENCE = 60  # seconds that workers have to end after SIGTERM
-_INTERRUPTED = 130
 _LOG_LINES = 20  # lines of a failed worker's log to show
 
 
@@ -155,11 +155,11 @@ def run_worker(scratch: Path, number: int, parent: int) -> None:
             (scratch / f"error-{number}").write_bytes(dill.dumps(error))
             raise
         except KeyboardInterrupt:
-            sys.exit(_INTERRUPTED)
+            sys.exit(INTERRUPTED)
 
 
 def _end_with(parent: int) -> None:
     """End this process when its parent is gone, without cleaning up, as if it had been killed as well."""
     while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows, `getppid` never changes
         time.sleep(1)
-    os._exit(_INTERRUPTED)
+    os._exit(INTERRUPTED)

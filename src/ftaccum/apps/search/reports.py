@@ -92,7 +92,7 @@ def plot_history(study: Study) -> "Figure | None":
     accumulate, worst = (np.maximum, -np.inf) if is_greater_better else (np.minimum, np.inf)
     best = accumulate.accumulate(np.where(finished, values, worst))
     figure, axes = _new_figure()
-    axes.scatter(rows, values, c=[_FINISHED if done else _PRUNED for done in finished], label="trials (grey: pruned)")
+    axes.scatter(rows, values, c=[_FINISHED if done else _PRUNED for done in finished], label="trials (gray: pruned)")
     axes.step(rows, np.where(np.isinf(best), np.nan, best), where="post", color=_BEST, label="best finished")
     axes.set(title="History", xlabel="rows trained on, all trials", ylabel=criterion_of(study).name)
     axes.legend()
@@ -111,13 +111,13 @@ def plot_curves(study: Study) -> "Figure | None":
         color = _BEST if best is not None and trial.number == best.number else _FINISHED if finished else _PRUNED
         steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
         axes.plot(steps, values, marker=".", color=color, zorder=2 if finished else 1)
-    axes.set(title="Trials (grey: pruned, red: best)", xlabel="rows trained on", ylabel=criterion_of(study).name)
+    axes.set(title="Trials (gray: pruned, red: best)", xlabel="rows trained on", ylabel=criterion_of(study).name)
     return figure
 
 
 def plot_contour(study: Study) -> "Figure | None":
     """Plot the loss or metric over k and learning rate: a point per finished trial, and contours if there are three or
-    more. Pruned trials are grey crosses, because their values come from fewer rows."""
+    more. Pruned trials are gray crosses, because their values come from fewer rows."""
     finished, pruned = (_trials_with_value(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
     if not finished:
         return None

@@ -1,6 +1,5 @@
 """The dimensions of a search, and the arguments that a trial draws from them."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,16 +11,16 @@ from optuna.trial import BaseTrial
 
 from ...arguments import parse_settings
 from ...errors import SettingsError, refuse
-from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
 from ...porting.keywords import argument_names
 from ...training.optimizer import CoupledBeta2
 from ...training.preflight import faults_of_optimization
+from ..run_arguments import default_arguments
 from .settings import SearchSettings, reserved
 
 STEPS, RATE, COUPLED = "gradient_accumulation_steps", "learning_rate", "coupled_beta2"
 Others = Mapping[str, BaseDistribution] | Callable[[BaseTrial], Mapping[str, Any]]
-_ARGUMENTS = inspect.signature(test_fine_tuning).parameters
+_ARGUMENTS = default_arguments()
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _read_distribution(name: str, values: str) -> BaseDistribution:
     low, high, *log = values.split(":")
     if log not in ([], ["log"]):
         raise ValueError
-    counted = not isinstance(getattr(_ARGUMENTS.get(name), "default", None), float)
+    counted = not isinstance(_ARGUMENTS.get(name), float)
     if counted and low.isdigit() and high.isdigit():
         return IntDistribution(int(low), int(high), log=bool(log))
     return FloatDistribution(float(low), float(high), log=bool(log))

@@ -6,7 +6,6 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ...tracking.selection import LOSS, Criterion
@@ -137,7 +136,7 @@ def best_trial(study: Study) -> FrozenTrial | None:
 
 def _sign_of(study: Study) -> int:
     """Return the factor with which lower values are better."""
-    return -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
+    return -1 if criterion_of(study).greater_is_better else 1
 
 
 def parameter_importances(study: Study) -> dict[str, float]:

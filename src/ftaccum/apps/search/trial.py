@@ -82,7 +82,7 @@ class TrialCallback(Callback):
         batch_sizes: Sequence[int],
         n_reports: int,
         title: str,
-        is_first: bool = False,
+        is_first: bool,
     ) -> None:
         """Create the callback of one run.
 

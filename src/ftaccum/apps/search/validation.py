@@ -1,6 +1,6 @@
 """Check the arguments of a search, and build its definition."""
 
-import inspect
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ from torch.optim import Optimizer
 from ...arguments import find_faults, read_settings
 from ...data.iterable import is_stream
 from ...errors import refuse
-from ...fine_tuning import test_fine_tuning
 from ...porting.keywords import argument_names, unknown_arguments
 from ...runtime.accelerator import is_first_process, requested_processes
 from ...tracking.selection import LOSS, Criterion, fault_of_criterion
 from ...training.config import faults_of_config
 from ...training.preflight import faults_before_loading
+from ...training.trainer_callbacks import fault_of_callbacks
+from ..run_arguments import default_arguments
 from .definition import Search
 from .settings import SearchSettings
 from .space import STEPS, Others, Space, make_space
 from .study import check_study
-from .trial_callbacks import fault_of_copies
 
-_RUN = inspect.signature(test_fine_tuning).parameters
+_RUN = default_arguments()
 _OWN = ("accumulation_steps", "learning_rate", "space", "output_dir", "progress")
 _REFUSED = {
     "model": "`model` is a single model, but each trial needs a new one. Give `model_factory`, which returns one.",
@@ -109,7 +109,7 @@ def _fixed_arguments(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
     faults = unknown_arguments("search", arguments, _NAMES)
     faults += [_REFUSED[name] for name in arguments if name in _REFUSED]
     refuse(faults)
-    fixed = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
+    fixed = {name: default for name, default in _RUN.items() if name != "model"}
     return fixed | {"random_seed": seed, **arguments}
 
 
@@ -133,7 +133,24 @@ def _faults_of_shared(fixed: Mapping[str, Any], space: Others | None) -> list[st
     """Return a sentence for each fault of the callbacks and of the objective, which all trials share."""
     has_metrics = fixed["compute_metrics"] is not None or callable(space)  # a function of the trial may return one
     objective = fault_of_criterion(fixed["metric_for_best"], fixed["greater_is_better"], has_metrics)
-    return [fault for fault in (objective, fault_of_copies(fixed["callbacks"])) if fault]
+    return [fault for fault in (objective, _fault_of_callbacks(fixed["callbacks"])) if fault]
+
+
+def _fault_of_callbacks(callbacks: Any) -> str | None:
+    """Return a message that says why `callbacks` cannot be used in a search, or None if they can."""
+    if fault := fault_of_callbacks(callbacks):
+        return fault
+    for callback in callbacks:
+        try:
+            copy.deepcopy(callback)
+        except Exception as error:  # raised by the callback's class, or by what it holds
+            name = type(callback).__name__
+            return (
+                f"`callbacks` contains a {name}, but each trial needs its own copy, and copying it raised {error!r}. "
+                f"Give {name} a `__deepcopy__` method, or let a function as `space` return new `callbacks` for each "
+                "trial."
+            )
+    return None
 
 
 def _faults_of_comparison(space: Space, fixed: Mapping[str, Any]) -> list[str]:

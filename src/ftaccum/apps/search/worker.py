@@ -1,5 +1,6 @@
 """A worker, which runs trials of a study one by one until the study has `n_trials`."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from .retry import (
 from .space import COUPLED, RATE, STEPS
 from .study import has_heartbeat
 from .trial import TrialCallback, TrialResult, run_trial
-from .trial_callbacks import copy_callbacks
 from .trial_record import StudyTrialRecord, TrialRecord
 
 ON_INTERRUPT = (
@@ -80,7 +80,8 @@ class TrialExecutor:
     def arguments_of(self, trial: BaseTrial) -> dict[str, Any]:
         """Return all arguments of a trial except the model."""
         search = self.search
-        fixed = {**search.fixed, "callbacks": copy_callbacks(search.fixed["callbacks"])}
+        # The state of a callback must not pass from one trial to the next.
+        fixed = {**search.fixed, "callbacks": copy.deepcopy(search.fixed["callbacks"])}
         return search.space.suggest(trial, fixed, search.batch_size(self.processes.size))
 
     def folder_of(self, order: TrialOrder) -> Path | None:

@@ -1,6 +1,5 @@
 """The public function `verify`."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,18 +9,18 @@ from ...arguments import find_faults, read_settings
 from ...data.collator import Collator
 from ...data.convert import as_rows
 from ...errors import SettingsError, refuse
-from ...fine_tuning import test_fine_tuning
 from ...objective.item_counts import CountItems
 from ...objective.model_forward import LossFn
 from ...objective.window_loss import LossInputs
 from ...porting.keywords import explain_keywords
 from ...training.config import RunConfig
+from ..run_arguments import default_arguments
 from .report import Verification
 from .run import VerificationRun
 from .settings import VerifySettings
 
 
-@explain_keywords(others=inspect.signature(test_fine_tuning).parameters, renamed={"train_data": "data"})
+@explain_keywords(others=default_arguments(), renamed={"train_data": "data"})
 def verify(
     model: nn.Module,
     data: Any = None,

@@ -9,7 +9,6 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
-from ...objective.rounding import Rounding
 from ...runtime.host import free_per_process
 from ...runtime.state_guards import cast_tensors
 
@@ -51,11 +50,6 @@ def cast(batch: Batch, dtype: torch.dtype | None) -> Batch:
     if dtype is None or batch is None:
         return batch
     return recursively_apply(lambda t: t.to(dtype), batch, test_type=_is_floating)
-
-
-def tolerance_for(floor: float, dtype: torch.dtype, autocast: str) -> float:
-    """Return the largest error that counts as rounding, if rounding alone causes an error of `floor`."""
-    return Rounding.of([dtype], autocast).tolerance(floor)
 
 
 def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:

@@ -2,7 +2,7 @@
 
 It uses nothing that ftaccum measures or infers: no count of loss items, no choice of terms, no split of the loss into
 parts, no guess about packing. So it can disagree with training. It shares with training only parts that do not decide
-the loss: how rows are read (and raw text is tokenised), the random seed of collators, the device, and the argument
+the loss: how rows are read (and raw text is tokenized), the random seed of collators, the device, and the argument
 names of `forward`.
 """
 

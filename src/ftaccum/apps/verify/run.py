@@ -15,6 +15,7 @@ from ...data.convert import as_rows
 from ...data.loader import Loader
 from ...errors import DataError, SettingsError
 from ...objective.deterministic_forward import DeterministicMode
+from ...objective.rounding import Rounding
 from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.micro_batches import RowIndices
 from ...planning.plan import Plan
@@ -28,14 +29,14 @@ from ...training.config import RunConfig
 from ...training.parameter_groups import trainable_parameters
 from .bench import Bench
 from .compare import Compared, Comparison
-from .precision import candidates, dtype_of, has_room, measured_in, shown, tolerance_for
+from .precision import candidates, dtype_of, has_room, measured_in, shown
 from .rare_rows import Traits, rarest, traits_of, with_rare_rows
 from .reference import Reference
 from .report import Verification
 from .settings import VerifySettings
 
 _FLOAT64 = 1e-12  # upper bound of rounding errors in float64
-_ROWS = 1024  # enough to find how the loss is counted; more are read and tokenised only if the window needs them
+_ROWS = 1024  # enough to find how the loss is counted; more are read and tokenized only if the window needs them
 _RARE = 64  # further rows to keep, for label values or columns that the others lack
 _SHARDED = (
     "The launcher asks for FSDP, but `verify` measures a whole model on each process. Start it with `torchrun`, with "
@@ -133,7 +134,7 @@ class VerificationRun(Run):
         stack.enter_context(cast_tensors(tensors, device=self.accelerator.device))
 
     def _take_rows(self) -> None:
-        """Keep only as many rows as are needed, drawn by the seed, because they may still have to be tokenised."""
+        """Keep only as many rows as are needed, drawn by the seed, because they may still have to be tokenized."""
         components, recipe, size = self.config.components, self.config.recipe, self.config.runtime.batch_size
         rows = as_rows(components.train_data, "data")
         assert isinstance(size, int), "checked with the arguments"
@@ -195,13 +196,13 @@ class VerificationRun(Run):
             bench = replace(bench, window=bench.window[: len(bench.window) // 2])
 
     def _compare(self, bench: Bench, precision: tuple[torch.dtype, str]) -> Compared:
-        tolerance = self._settings.tolerance
+        given, (dtype, autocast) = self._settings.tolerance, precision
         comparison = Comparison(
             bench,
             self.planner,
             unit=self.batch_sizes.batch_size * self.process_group.size,
             n_random=self._settings.n_splits,
-            tolerance=lambda floor: tolerance or tolerance_for(floor, *precision),
+            tolerance=lambda floor: given or Rounding.of([dtype], autocast).tolerance(floor),
         )
         shown = self.process_group.is_main and self.config.runtime.shows_bars and can_draw_bars()
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:

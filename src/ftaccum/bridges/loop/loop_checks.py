@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...errors import SettingsError, refuse, shown
-from ...fields import Rule
+from ...fields import Rule, is_positive_int
 from ...objective.item_counts import Batch, tensors_of
 from ..exact_options import faults_of_options
 
-_COUNT = Rule(lambda k: isinstance(k, int) and not isinstance(k, bool) and k > 0, "a positive integer")
+_COUNT = Rule(is_positive_int, "a positive integer")
 
 
 def check_arguments(model: Any, accelerator: Any, scaler: Any, **options: Any) -> None:

@@ -35,9 +35,7 @@ _WITHOUT_OWN_STEP = ("transformers.trainer", "ftaccum.bridges.trainer.exact_trai
 class TrainerWindows:
     """The windows of one training run of a Trainer."""
 
-    def __init__(
-        self, trainer: Any, compute_loss: ComputeLoss, loader: Any, before: "TrainerWindows | None" = None
-    ) -> None:
+    def __init__(self, trainer: Any, compute_loss: ComputeLoss, loader: Any, before: "TrainerWindows | None") -> None:
         """Create the windows of a loader, and measure the loss on its rows.
 
         Args:

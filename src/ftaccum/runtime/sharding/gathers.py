@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import DataError
+from ..graph_leaves import nodes_of
 from ..process_group import ProcessGroup
 
 
@@ -240,14 +241,12 @@ def _nodes(outputs: Any) -> list[Any]:
 
 def _reached(loss: Tensor, outputs: Sequence[Sequence[Any]]) -> list[bool]:
     """Return for each group of nodes whether the graph of a loss has one of them."""
-    wanted = {node for nodes in outputs for node in nodes}
-    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
-    while waiting and not wanted <= seen:
-        node = waiting.pop()
-        new = {each for each, _ in ([] if node is None else node.next_functions) if each is not None} - seen
-        seen |= new
-        waiting += new
-    return [any(node in seen for node in nodes) for nodes in outputs]
+    missing = {node for nodes in outputs for node in nodes}
+    for node in nodes_of(loss):
+        missing.discard(node)
+        if not missing:
+            break
+    return [any(node not in missing for node in nodes) for nodes in outputs]
 
 
 def in_backward() -> bool:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import listed
 from .data_file import DataFile
 from .encodings import open_text
 
 DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
-_SAMPLE = 100  # records to recognise the delimiter from
+_SAMPLE = 100  # records to recognize the delimiter from
 _LONGEST_FIELD = 2**31 - 1  # the most that fits in a C long everywhere; the default of 131,072 is too short for texts
 _SHOWN = 8  # columns in a message
 
@@ -62,7 +63,7 @@ class Delimited:
             else "Add the missing fields, or leave them empty"
         )
         counted = f"{len(cells)} field{'s' * (len(cells) != 1)}"
-        header = f"the header has {len(self.names)} ({', '.join(self.names[:_SHOWN])})"
+        header = f"the header has {len(self.names)} ({listed(self.names, _SHOWN)})"
         return self.file.error(
             f"this row has {counted}, but {header}",
             f"{remedy}. If {by} is not what separates the columns, give `--delimiter`.",
@@ -71,16 +72,16 @@ class Delimited:
 
 
 def open_delimited(file: DataFile, encoding: str, asked: str | None) -> Delimited:
-    """Recognise the delimiter, and read and check the header.
+    """Recognize the delimiter, and read and check the header.
 
     Args:
-        asked: the delimiter that the user gave; None to recognise it.
+        asked: the delimiter that the user gave; None to recognize it.
 
     Raises:
         DataError: if there is no header or no row, if a column has no name or the name of another, or if the header
             shows that the delimiter is another one.
     """
-    delimiter = asked or ("\t" if file.kind == "TSV" else _recognised(file, encoding))
+    delimiter = asked or ("\t" if file.kind == "TSV" else _recognized(file, encoding))
     first = list(itertools.islice(_records(file, encoding, delimiter), 2))
     if not first:
         raise file.empty()
@@ -91,7 +92,7 @@ def open_delimited(file: DataFile, encoding: str, asked: str | None) -> Delimite
     names = [name.strip() for name in header]
     _check_header(file, delimiter, names, line)
     if len(first) == 1:
-        raise file.error(f"it has a header ({', '.join(names[:_SHOWN])}), but no rows", "Give a file with rows.")
+        raise file.error(f"it has a header ({listed(names, _SHOWN)}), but no rows", "Give a file with rows.")
     return Delimited(file, encoding, delimiter, names, line, skips_spaces)
 
 
@@ -123,7 +124,7 @@ def no_name(file: DataFile, column: int, where: str) -> Exception:
     )
 
 
-def _recognised(file: DataFile, encoding: str) -> str:
+def _recognized(file: DataFile, encoding: str) -> str:
     """Return the delimiter under which most of the first records have as many fields as the header, if two or more."""
     shares: dict[str, tuple[float, int]] = {}
     for delimiter in DELIMITERS:

@@ -41,7 +41,7 @@ class Scan:
     nul_line: int | None
 
 
-def scan(file: DataFile, limit: int | None = None) -> Scan:
+def scan(file: DataFile, limit: int | None) -> Scan:
     """Read a file once and describe its bytes.
 
     Args:

@@ -30,7 +30,7 @@ _TABLES: dict[str, type[Table]] = {
 }  # fmt: skip
 _VERSION = 2  # of the rows that are made of the same bytes; part of their name on disk
 _NAMED = 5  # files
-_HEAD_MIB = 1  # of a streamed file, to recognise its encoding
+_HEAD_MIB = 1  # of a streamed file, to recognize its encoding
 
 
 def read_files(

@@ -1,6 +1,5 @@
 """Rows of data sets on the hub."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -8,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from ...errors import DataError
 from .data_file import KINDS
-from .sources import Source, near_names
+from .sources import Source, did_you_mean
 
 _FORMS = f"a {', '.join(KINDS)} file, a folder, or a data set on the hub as name[:config][@split]"
 _LONGEST = 400  # characters of a reason
@@ -42,9 +41,8 @@ def _reason(error: Exception) -> str:
 
 def _remedy(source: Source, error: Exception) -> str:
     words = str(error).lower()
-    near: Sequence[str] = near_names(Path(source.name))
-    if near:
-        return f"Do you mean {' or '.join(map(repr, near))}?"
+    if near := did_you_mean(Path(source.name)):
+        return near
     if "config name is missing" in words or "builderconfig" in words:
         return f"Give the configuration as {source.name}:CONFIG."
     if "split" in words:

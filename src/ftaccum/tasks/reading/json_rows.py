@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...errors import listed
 from .column_types import kind_of
 from .data_file import DataFile
 from .encodings import open_text
@@ -108,7 +109,7 @@ def _rows_of(file: DataFile, document: Any, split: str) -> list[Any]:
         return _columns_as_rows(file, lists)
     if len(tables) > 1:
         raise file.error(
-            f"it has several lists of rows ({', '.join(map(repr, tables[:_SHOWN]))}), and none is {split!r}",
+            f"it has several lists of rows ({listed([*map(repr, tables)], _SHOWN)}), and none is {split!r}",
             "Put one of them in a file of its own.",
         )
     if not lists and document:

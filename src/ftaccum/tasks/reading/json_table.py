@@ -7,9 +7,10 @@ import pyarrow as pa
 from .column_types import JSON, as_array, final_type, first_of_another_kind, kind_of, merged, type_of
 from .data_file import DataFile
 from .json_rows import Placed, json_rows
-from .tables import Table, batched, check_columns, find_fault
+from .tables import Table, batched, check_columns
 
-_CONVERT = "Convert it, so that a column has one type in all rows"
+_CONVERT = "Convert it, so that a column has one type in all rows."
+_UNFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)  # what pyarrow raises for values it cannot store
 
 
 class JsonTable(Table):
@@ -46,7 +47,7 @@ class JsonTable(Table):
                     values = [row.get(field.name) for _, row in batch]
                     try:
                         arrays.append(as_array(values, field.type))
-                    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+                    except _UNFIT as error:
                         raise self._unfit(file, field.name, values, batch, field.type, error) from error
                 yield pa.record_batch(arrays, schema=schema)
 
@@ -62,14 +63,14 @@ class JsonTable(Table):
         if n is not None:
             value, where = values[n], batch[n][0]
             raise file.error(
-                f"column {name!r} is {kind_of(value)} here, but {kind} in the rows before", f"{_CONVERT}.", where
+                f"column {name!r} is {kind_of(value)} here, but {kind} in the rows before", _CONVERT, where
             )
         return kind
 
     def _type(self, file: DataFile, name: str, values: Sequence[object], batch: Sequence[Placed]) -> pa.DataType:
         try:
             return type_of(values)
-        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        except _UNFIT as error:
             raise self._unfit(file, name, values, batch, None, error) from error
 
     def _unfit(
@@ -81,8 +82,8 @@ class JsonTable(Table):
         type_: pa.DataType | None,
         error: Exception,
     ) -> Exception:
-        n, reason = find_fault(values, lambda value: pa.array([value], type_)) or (0, str(error).rstrip("."))
-        return file.error(f"column {name!r} cannot be stored: {reason}", f"{_CONVERT}.", batch[n][0])
+        n, reason = _first_unfit(values, type_) or (0, str(error).rstrip("."))
+        return file.error(f"column {name!r} cannot be stored: {reason}", _CONVERT, batch[n][0])
 
     def _check_stream(self, file: DataFile, batch: Sequence[Placed], schema: pa.Schema) -> None:
         for where, row in batch:
@@ -92,3 +93,13 @@ class JsonTable(Table):
                     "Give all rows the same columns, or read the file without `--streaming`.",
                     where,
                 )
+
+
+def _first_unfit(values: Sequence[object], type_: pa.DataType | None) -> tuple[int, str] | None:
+    """Return the position of the first value that Arrow cannot store, and the reason; None if it can store each."""
+    for n, value in enumerate(values):
+        try:
+            pa.array([value], type_)
+        except _UNFIT as error:
+            return n, str(error).rstrip(".")
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, List, Value
 
-from ...errors import DataError, SettingsError
+from ...errors import DataError, SettingsError, listed
 from ...runtime.log import logger
 
 _FIX = "Rename or convert it, so that all sources have the same columns"
@@ -111,6 +111,6 @@ def _common(one: Any, other: Any) -> Any:
 
 def _described(feature: Any) -> str:
     if isinstance(feature, ClassLabel):
-        return f"the classes {', '.join(feature.names[:6])}"
+        return f"the classes {listed(feature.names, 6)}"
     words = {"string": "text", "int64": "whole numbers", "float64": "numbers", "bool": "true or false"}
     return words.get(getattr(feature, "dtype", ""), f"the type {feature}")

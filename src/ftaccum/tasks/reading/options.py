@@ -53,10 +53,10 @@ class FileOptions:
     """The options for reading files."""
 
     delimiter: Delimiter | None = _data(
-        None, "character between the columns of CSV and TSV files, such as ; or tab; none recognises , ; tab and |"
+        None, "character between the columns of CSV and TSV files, such as ; or tab; none recognizes , ; tab and |"
     )
     encoding: Encoding | None = _data(
-        None, "encoding of text files, such as cp1252; none recognises UTF-8 and UTF-16, and takes cp1252 otherwise"
+        None, "encoding of text files, such as cp1252; none recognizes UTF-8 and UTF-16, and takes cp1252 otherwise"
     )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DataError
+from ...errors import DataError, listed
 from .data_file import ALLOWED, KINDS, DataFile
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PARTS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "valid": "validation",
     "validation": "validation", "val": "validation", "dev": "validation", "eval": "validation",
@@ -72,16 +72,18 @@ def find_source(named: str, split: str, argument: str) -> Source:
             raise DataError(f"`{argument}` {named!r} matches no file. Check the pattern and the folder it starts from.")
         return Source("files", named, given, argument, files=_of_one_kind(found, argument, named))
     name, _, config = str(named).rpartition("@")[0 if "@" in named else 2].partition(":")
-    if _looks_like_path(named, path) or not _HUB_NAME.fullmatch(name):
+    if _looks_like_path(named, path) or not HUB_NAME.fullmatch(name):
         raise _missing(path, argument)
     return Source("hub", name, given, argument, config or None)
 
 
-def near_names(path: Path) -> list[str]:
-    """Return the names in the same folder that are most like a path's, the nearest first."""
+def did_you_mean(path: Path, *, folders_only: bool = False) -> str:
+    """Return a question with the names in the same folder that are most like a path's; empty if there are none."""
     folder = path.parent
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    return [str(folder / name) for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.7)]
+    near = [folder / name for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.7)]
+    named = [repr(str(each)) for each in near if each.is_dir() or not folders_only]
+    return f"Did you mean {' or '.join(named)}?" if named else ""
 
 
 def _split_off(named: str, split: str) -> tuple[Path, str]:
@@ -102,8 +104,7 @@ def _missing(path: Path, argument: str) -> DataError:
     parent = path.parent
     if not parent.is_dir():
         return DataError(f"`{argument}` {str(path)!r}: there is no folder {str(parent)!r}. Check the path.")
-    near = near_names(path)
-    hint = f"Do you mean {' or '.join(map(repr, near))}?" if near else "Check the path."
+    hint = did_you_mean(path) or "Check the path."
     return DataError(f"`{argument}` {str(path)!r}: there is no such file. {hint}")
 
 
@@ -123,7 +124,7 @@ def _in_folder(folder: Path, split: str, argument: str, named: str) -> Source:
         return Source("images", str(folder), split, argument, has_split=has_split)
     data = [path for path in found if DataFile(path, argument).kind]
     if not data:
-        inside = ", ".join(sorted(path.name for path in found)[:_SHOWN]) or "nothing"
+        inside = listed(sorted(path.name for path in found), _SHOWN) or "nothing"
         raise DataError(
             f"`{argument}` {named!r} is a folder without data files; it contains {inside}. Give a folder with files of "
             f"one kind ({', '.join(KINDS)}), one with images in a folder for each class, or one that `save_to_disk` "

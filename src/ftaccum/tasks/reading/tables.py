@@ -2,9 +2,9 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -20,7 +20,7 @@ class ReadingPlan:
     """The options of reading some files of one kind.
 
     Attributes:
-        delimiter: of CSV files; None to recognise it.
+        delimiter: of CSV files; None to recognize it.
         encodings: the encoding of each file.
         split: the part to take from a file that has several.
         text_columns: CSV columns that are text, even if all cells are numbers.
@@ -79,13 +79,3 @@ def check_columns(named: Sequence[tuple[DataFile, Sequence[str]]]) -> None:
             raise file.error(f"it has no column {missing[0]!r}, which {str(first.path)!r} has", remedy)
         if more := [name for name in others if name not in names]:
             raise file.error(f"it has a column {more[0]!r}, which {str(first.path)!r} does not have", remedy)
-
-
-def find_fault(values: Sequence[Any], convert: Callable[[Any], Any]) -> tuple[int, str] | None:
-    """Return the position of the first value that cannot be converted, and the reason; None if all can."""
-    for n, value in enumerate(values):
-        try:
-            convert(value)
-        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            return n, str(error).rstrip(".")
-    return None
