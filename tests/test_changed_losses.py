@@ -265,6 +265,18 @@ def test_state_is_watched_wherever_a_loss_keeps_it() -> None:
     model = Net()
     assert watched(None, lambda: setattr(model.layers[0], "scale", 2.0), model) == ["model.layers.0.scale"]
     assert watched(None, lambda: model.eval(), model) == []
+    layer = model.layers[2].requires_grad_(False)
+    assert watched(None, lambda: layer.bias.data.add_(1), model) == ["model.layers.2.bias"]
+    model.register_buffer("share", torch.zeros(()))
+    assert watched(None, lambda: model.share.add_(1), model) == ["model.share"]
+    assert watched(None, lambda: setattr(model, "share", torch.ones(()) * 3), model) == ["model.share"]
+    assert watched(None, lambda: layer.requires_grad_(True).bias.data.add_(1), model) == []
+    same = lambda module, inputs, outputs: outputs  # noqa: ARG005
+    assert watched(None, lambda: layer.register_forward_hook(same), model) == ["the hooks of model.layers.2"]
+    clamp = lambda gradient: gradient.clamp(-1, 1)
+    assert watched(None, lambda: layer.weight.register_hook(clamp), model) == ["the hooks of model.layers.2.weight"]
+    normed = nn.Sequential(nn.BatchNorm1d(2))
+    assert watched(None, lambda: normed(torch.randn(4, 2)), normed) == []
     assert watched(criterion, lambda: torch.nn.init.zeros_(model.layers[0].weight), model) == []
 
 

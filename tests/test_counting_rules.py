@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ftaccum import SettingsError
 from ftaccum.data.dataset import Rows
 from ftaccum.data.further_rows import further_rows
-from ftaccum.data.rare_rows import RareRows
+from ftaccum.data.rare_rows import LabelKind, RareRows
 from silent_errors.case import update_error
 
 Columns = dict[str, Tensor]
@@ -217,7 +217,7 @@ def test_one_missing_number_of_10_000_is_measured_and_few_other_measurements(as_
     drawn = np.random.RandomState(0).randn(10_000, 2)
     drawn[7777, 0], drawn[40, 1] = math.nan, math.inf
     rows = [{"x": [0.5], "labels": label, "age": age} for label, age in drawn.tolist()]
-    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, ())
+    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, LabelKind())
     extremes = {int(np.nanargmin(drawn[:, 0])), int(np.nanargmax(drawn[:, 0])), int(drawn[:, 1].argmin())}
     assert {7777, 40, *extremes} <= set(found.positions)
     assert len(found.positions) < 8
@@ -226,7 +226,7 @@ def test_one_missing_number_of_10_000_is_measured_and_few_other_measurements(as_
 
 def test_labels_leave_some_of_the_measured_rows_to_other_columns() -> None:
     rows = [{"x": [0.5], "labels": n % 200, "w": float(n != 333), "kind": n % 7} for n in range(800)]
-    found = RareRows.of(Rows("train_data", rows), -100, ())
+    found = RareRows.of(Rows("train_data", rows), -100, LabelKind())
     assert 333 in found.positions
     assert len(found.positions) == 65
     assert {rows[n]["kind"] for n in found.positions} == set(range(7))

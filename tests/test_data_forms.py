@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from ftaccum import DataError, InexactLossWarning, Result, SettingsError, TextWarning, test_fine_tuning
+from ftaccum import Accuracy, DataError, InexactLossWarning, Result, SettingsError, TextWarning, test_fine_tuning
 from ftaccum.data.convert import synthetic_rows
 from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
+from silent_errors.case import update_error
 from silent_errors.tokenizer_padding import llama_classifier
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -487,7 +489,13 @@ def test_no_data_and_no_vocabulary_is_an_error() -> None:
         ({"optimizer": 5}, "`optimizer` must be a name such as .adamw., a torch Optimizer, or a function"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)}, "`optimizer` holds none of the model's"),
         ({"gradient_accumulation_steps": 2, "effective_batch_size": 7}, "Sizes of an update disagree"),
-        ({"log_with": "nothing"}, "`log_with` is 'nothing'"),
+        ({"log_with": "tensorbord"}, "`log_with` must be .*, but is 'tensorbord' instead. Did you mean 'tensorboard'?"),
+        ({"log_with": "none"}, "`log_with` must be .*, but is 'none' instead. None logs to no tracker"),
+        ({"log_with": GeneralTracker}, "`log_with` is the class GeneralTracker. Give an object"),
+        ({"tokenizer": "minilm"}, "`tokenizer` is the name 'minilm'. Load it"),
+        ({"loss_fn": nn.MSELoss}, r"`loss_fn` is the class MSELoss. Give an object: `MSELoss\(\)`"),
+        ({"compute_metrics": Accuracy}, "`compute_metrics` is the class Accuracy"),
+        ({"compute_metrics": np.take}, "`compute_metrics` is called with one argument"),
         ({"use_wandb": True}, "The trackers .'wandb'. were requested, but are not installed"),
         ({"output_dir": "/dev/null/x"}, "`output_dir` is '/dev/null/x', which cannot be created"),
     ],
@@ -496,6 +504,51 @@ def test_faults_in_other_arguments(arguments: dict[str, Any], words: str) -> Non
     model = arguments.pop("model", None) or CLASSIFIER.model()
     with pytest.raises(SettingsError, match=words):
         run(model, ROWS, **arguments)
+
+
+def test_rows_that_do_not_fit_the_functions_are_refused_with_the_columns_that_they_have() -> None:
+    with pytest.raises(DataError, match="reads the column 'text', but the row has only 'input_ids'"):
+        run(CLASSIFIER.model(), ROWS, data_collator=lambda rows: rows[0]["text"])
+    with pytest.raises(DataError, match=r"The labels are decimal numbers.* Give whole numbers"):
+        run(CLASSIFIER.model(), [row | {"labels": float(row["labels"])} for row in ROWS])
+    with pytest.raises(DataError, match="`loss_fn` gets the outputs and the batch, a dict"):
+        run(
+            CLASSIFIER.model(),
+            ROWS,
+            loss_fn=lambda outputs, labels: nn.functional.cross_entropy(outputs.logits, labels),
+        )
+    rows = [{"x": torch.randn(3), "price": 1.0} for _ in range(8)]
+    with pytest.raises(DataError, match=r"the columns 'x', 'price', and `forward` takes 'input'. Rename the columns"):
+        run(nn.Linear(3, 1), rows, loss_fn=lambda outputs, _: outputs.mean())
+    rows = [{"input": torch.randn(3), "price": 1.0} for _ in range(8)]
+    with pytest.raises(SettingsError, match=r"the validation rows have none, only 'input', 'price'. Name the column"):
+        run(
+            nn.Linear(3, 1),
+            rows,
+            validation_split=0.5,
+            loss_fn=lambda outputs, _: outputs.mean(),
+            compute_metrics=print,
+        )
+
+
+def test_targets_may_be_several_tensors() -> None:
+    torch.manual_seed(0)
+    rows = [
+        (torch.randn(3).double(), (torch.tensor(n % 3 if n % 4 else -100), torch.randn(()).double())) for n in range(9)
+    ]
+    x, (kinds, prices) = (
+        torch.stack([x for x, _ in rows]),
+        map(torch.stack, zip(*(targets for _, targets in rows), strict=True)),
+    )
+
+    def losses(outputs: torch.Tensor, targets: Any) -> dict[str, torch.Tensor]:
+        cross_entropy = nn.functional.cross_entropy(outputs[:, :3], targets[0])
+        return {"kind": cross_entropy, "price": (outputs[:, 3] - targets[1]).square().mean()}
+
+    def loss_of_all(model: nn.Module) -> torch.Tensor:
+        return sum(losses(model(x), (kinds, prices)).values(), torch.zeros(()).double())
+
+    assert update_error(nn.Linear(3, 4).double(), rows, loss_of_all, 9, loss_fn=losses) < 1e-9
 
 
 def test_frozen_models_and_unsupported_checkpointing_are_refused() -> None:

@@ -192,6 +192,29 @@ def test_named_losses_are_means_over_items_of_their_own() -> None:
     assert "'value'" in accumulation.report
 
 
+@pytest.mark.parametrize("name", ["labels", "kind", None], ids=["labels", "another column", "several targets"])
+def test_a_task_that_some_rows_lack_is_measured_on_rows_with_and_without_it(name: str | None) -> None:
+    model, (x, kinds) = Net(), pairs(12)
+    prices = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def losses(outputs: Tensor, targets: Any) -> dict[str, Tensor]:
+        kind, price = (targets[name], targets["price"]) if name else targets
+        return {"kind": F.cross_entropy(outputs, kind), "price": F.mse_loss(outputs[:, 0], price)}
+
+    def batch(rows: slice) -> Any:
+        columns = {name: kinds[rows], "price": prices[rows]}
+        return {"x": x[rows]} | columns if name else ((x[rows],), (kinds[rows], prices[rows]))
+
+    whole = batch(slice(12))
+    sum(losses(model(x), whole if name else whole[1]).values()).backward()  # type: ignore[union-attr]
+    wanted = gradient_of(model)
+    model.zero_grad()
+    ExactAccumulation(model, loss_fn=losses, on_inexact="error").backward(
+        [batch(slice(n, n + 3)) for n in range(0, 12, 3)]
+    )
+    assert relative_error(gradient_of(model), wanted) < 1e-12
+
+
 def test_a_micro_batch_without_loss_items_changes_nothing() -> None:
     model, (x, labels) = Net(), pairs()
     ignored = torch.full((2,), -100)
@@ -552,6 +575,7 @@ def own_loss(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         ({"loss_fn": 3}, "`loss_fn` must be a function or None, but is 3"),
         ({"reduction": "none"}, "`reduction` must be 'mean' or 'sum', but is 'none'"),
         ({"count_items": 7}, "`count_items` must be a function or None, but is 7"),
+        ({"loss_fn": nn.MSELoss}, "`loss_fn` must be a function or None, but is <class"),
         ({"on_inexact": "raise"}, "`on_inexact` must be 'error', 'warn' or 'ignore', but is 'raise'"),
         ({"audit": 0}, "`audit` must be True, False or a positive integer, but is 0"),
         ({"scaler": 2.0}, r"`scaler` must be a torch.amp.GradScaler or None, but is 2.0"),
@@ -565,6 +589,14 @@ def own_loss(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         ExactAccumulation(**{"model": nn.Linear(4, 3), **arguments})
+
+
+def test_an_accelerator_that_does_not_see_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fresh_accelerate_state():
+        accelerator = Accelerator(cpu=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SettingsError, match=r"sees 1 of 2 processes.*Accelerator\(cpu=True\)"):
+            ExactAccumulation(nn.Linear(4, 3), accelerator)
 
 
 def test_all_bad_arguments_are_named_at_once() -> None:

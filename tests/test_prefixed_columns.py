@@ -13,7 +13,7 @@ from ftaccum.data.columns import Along, ColumnRules, Columns
 from ftaccum.data.convert import as_rows
 from ftaccum.data.novelty import kinds_of
 from ftaccum.data.padding import PaddingCollator
-from ftaccum.data.rare_rows import RareRows
+from ftaccum.data.rare_rows import LabelKind, RareRows
 from heads import Row, relative_error
 
 
@@ -180,5 +180,5 @@ def test_the_error_names_labels_that_are_longer_than_the_only_text() -> None:
 def test_the_tokens_of_several_texts_are_no_kinds_of_rows() -> None:
     rows = [{**row, "labels": n % 2} for n, row in enumerate(ROWS)]
     assert kinds_of(PaddingCollator(ColumnRules())(rows)).keys() == {"labels"}
-    chosen = RareRows.of(as_rows(rows, "train_data"), -100, ())
+    chosen = RareRows.of(as_rows(rows, "train_data"), -100, LabelKind())
     assert len(chosen.positions) == 2, "a row for each label, and none for a token"

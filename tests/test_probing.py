@@ -13,7 +13,7 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.data.dataset import Rows
-from ftaccum.data.rare_rows import RareRows
+from ftaccum.data.rare_rows import LabelKind, RareRows
 from ftaccum.objective.item_counts import ItemCounter
 from ftaccum.objective.perturbation import float32_weights, perturb_head
 from ftaccum.objective.probe import Explanation, choose, explain
@@ -169,10 +169,18 @@ def test_rare_rows_have_every_value_of_labels_and_flags_and_are_the_shortest(as_
     rows = [{"input_ids": [1] * (2 + n % 3), "labels": [n % 2, 0], "keep": 1} for n in range(60)]
     rows[17]["labels"], rows[40]["labels"], rows[42]["labels"] = [0, 5], [7, 7], [7, 0]
     rows[33]["keep"] = 0
-    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, ())
+    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, LabelKind())
     assert {17, 42, 33} <= set(found.positions)  # row 40 is longer than row 42
     assert 40 not in found.positions
     assert not found.not_looked_at
+
+
+def test_of_many_tokens_as_labels_only_special_ones_get_rows() -> None:
+    rows = Rows("train_data", [{"input_ids": [n, n], "labels": [n, n]} for n in range(100)])
+    assert len(RareRows.of(rows, -100, LabelKind()).positions) == 65
+    found = RareRows.of(rows, -100, LabelKind(are_tokens=True, special={3, 7})).positions
+    assert set(found) >= {3, 7}
+    assert len(found) <= 3
 
 
 def test_the_number_of_label_values_not_measured_is_reported() -> None:

@@ -133,7 +133,8 @@ def find_faults(settings: Any) -> list[str]:
 
 
 def _remedy(declared: Field) -> str:
-    return f"It means: {declared.metadata['help']}; the default is {declared.default!r}."
+    default = "" if declared.default == "" else f"; the default is {declared.default!r}"  # "" if it is required
+    return f"It means: {declared.metadata['help']}{default}."
 
 
 def plain(value: Any) -> Any:

@@ -42,6 +42,15 @@ class SettingsError(ValueError):
         return type(self), (self.faults,)  # so that it can be pickled and sent to another process
 
 
+def fault_of_class(name: str, value: Any) -> str | None:
+    """Return a message if an argument is a class where an object is wanted; None if it is not."""
+    return (
+        f"`{name}` is the class {value.__name__}. Give an object: `{value.__name__}()`."
+        if isinstance(value, type)
+        else None
+    )
+
+
 def refuse(faults: Collection[str]) -> None:
     """Raise SettingsError if there are any faults, with one sentence for each."""
     if faults:

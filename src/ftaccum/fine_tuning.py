@@ -130,8 +130,8 @@ def test_fine_tuning(
         validation_split: share of the training rows to hold out for validation if `val_data` is None; 0 holds out
             none. A stream cannot hold out rows: pass `val_data`, or set this to 0.
         text_columns: the column of raw text to train on, or two columns for text pairs, such as
-            ("premise", "hypothesis"). None takes the only text column besides the labels (`label` or `labels`), and
-            raises an error if there are several.
+            ("premise", "hypothesis"). None takes the only text column besides the labels (`labels`, `label` or
+            `label_ids`), and raises an error if there are several.
         add_eos_token: end each text of a causal LM with the tokenizer's end-of-text token, so that the model learns to
             stop. Texts that already end with it, and texts that are truncated, get none. False adds no token.
         max_length: most tokens of a row of raw text. Longer rows are truncated, and a warning counts them. None: as

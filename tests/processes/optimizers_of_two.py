@@ -9,14 +9,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before `scripts`, which has a module of this name
-from silent_errors import closures, modes, rates, sparse
+from silent_errors import closures, modes, rates, sparse, trained_parameters
 from silent_errors.case import CASES, Case
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
-MODULES = {module.__name__ for module in (closures, modes, rates, sparse)}
+MODULES = {module.__name__ for module in (closures, modes, rates, sparse, trained_parameters)}
 WITH_A_FOLDER = ("`model/` and",)  # which would have to be the same on both
 
 

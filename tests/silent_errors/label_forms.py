@@ -46,3 +46,42 @@ def a_label_of_two() -> float:
 @case(18, "labels of -100 in one of 120 rows, which a binary cross entropy does not ignore", refused="the label -100.0")
 def an_ignored_label() -> float:
     return multi_hot_error([-100.0, -100.0, 1.0])
+
+
+@case(18, "a whole number of -100 among the targets of a squared error, which does not ignore it")
+def a_measurement_of_minus_100() -> float:
+    generator = torch.Generator().manual_seed(0)
+    inputs_NC = torch.randn(N_ROWS, 4, generator=generator, dtype=torch.float64)
+    targets_N = torch.randint(-150, 150, (N_ROWS,), generator=generator)
+    targets_N[FAULTY] = -100
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs[:, 0], targets.double() / 100)
+
+    def loss_of_all(model: nn.Module) -> Tensor:
+        return loss_fn(model(inputs_NC), targets_N)
+
+    torch.manual_seed(0)
+    rows = list(zip(inputs_NC, targets_N, strict=True))
+    return update_error(nn.Linear(4, 1).double(), rows, loss_of_all, N_ROWS, loss_fn=loss_fn, batch_size=16)
+
+
+@case(18, "labels of which nearly all rows lack as many, left out of a mean")
+def rows_with_more_labels_than_others() -> float:
+    generator = torch.Generator().manual_seed(0)
+    inputs_NC = torch.randn(N_ROWS, 5, generator=generator, dtype=torch.float64)
+    labels_NC = torch.randint(0, 2, (N_ROWS, 4), generator=generator).double()
+    lacks_NC = torch.rand(N_ROWS, 4, generator=generator).argsort(1) < 2
+    lacks_NC[FAULTY] = False
+    labels_NC[lacks_NC] = -1
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        known = targets >= 0
+        return F.binary_cross_entropy_with_logits(outputs[known], targets[known])
+
+    def loss_of_all(model: nn.Module) -> Tensor:
+        return loss_fn(model(inputs_NC), labels_NC)
+
+    torch.manual_seed(0)
+    rows = list(zip(inputs_NC, labels_NC, strict=True))
+    return update_error(nn.Linear(5, 4).double(), rows, loss_of_all, N_ROWS, loss_fn=loss_fn, batch_size=16)

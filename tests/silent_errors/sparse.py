@@ -71,6 +71,11 @@ def bag_and_sparse_adam() -> float:
     return sparse_error(partial(SparseAdam, lr=0.1), trains_head=False)
 
 
+@case(23, "`Embedding(sparse=True)` under SGD", slow=True)
+def embedding_and_sgd() -> float:
+    return sparse_error(partial(SGD, lr=0.1, momentum=0.9), nn.Embedding)
+
+
 @case(23, "`Embedding(sparse=True)` under SparseAdam")
 def embedding_and_sparse_adam() -> float:
     return sparse_error(partial(SparseAdam, lr=0.1), nn.Embedding, trains_head=False)

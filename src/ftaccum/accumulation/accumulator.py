@@ -62,8 +62,8 @@ class GradientAccumulator:
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
         self._large_layers = InPlaceGradients(model)
+        self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters, on_one=process_group.is_single)
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
         self.after_pass: Callable[[], None] = lambda: None
         self.before_backward: Callable[[Tensor], None] = lambda _: None
@@ -90,10 +90,10 @@ class GradientAccumulator:
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
             SettingsError: if a weight has been unfrozen, whose gradient would not be synced.
-            WindowOutOfMemoryError: on all processes, if memory ran out on one of them before the gradients were
-                synced.
+            WindowOutOfMemoryError: on all processes, if memory ran out on one before the gradients were synced.
             torch.OutOfMemoryError: if memory ran out in a pass that other processes wait in.
         """
+        self._strategy.begin_window()
         if not (self._process_group.is_single or self._strategy.reduces_after_passes):
             refuse_unfrozen(self._model, self._trained)
         self._buffers.sync()

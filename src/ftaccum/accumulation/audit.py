@@ -27,6 +27,7 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.sharding.tensors import whole_tensor
 from ..runtime.state_guards import Generators
+from ..runtime.written_weights import preserve_weights
 from .accumulator import GradientAccumulator
 from .audit_sample import AuditSample
 from .one_batch import OneBatch
@@ -106,6 +107,7 @@ class GradientAuditor:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
             stack.enter_context(preserve_attributes(self._model, *self._objective.modules))
+            stack.enter_context(preserve_weights(self._model, *self._objective.modules))
             if (mode := self._deterministic_mode(sample)) is None or not self.is_possible:
                 return None
             stack.enter_context(mode.passes())

@@ -124,7 +124,9 @@ class OneBatch:
         if self._process_group.is_single:
             loss.backward()
             return [p.grad for p in self._strategy.parameters]
-        return torch.autograd.grad(loss, weights, allow_unused=True)
+        trained = [p for p in weights if p.requires_grad]  # a callback may have frozen others
+        found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+        return [found.get(p) for p in weights]
 
     def _gradient_of_all(
         self, sample: AuditSample | None, factor: float

@@ -9,7 +9,7 @@ from ..fields import Rule, is_positive_int, one_of
 from ..objective.item_counts import CountItems
 
 _FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
-_FUNCTION = Rule(callable, "a function").or_none()
+_FUNCTION = Rule(lambda value: callable(value) and not isinstance(value, type), "a function").or_none()
 _AUDIT = Rule(lambda value: isinstance(value, bool) or is_positive_int(value), "True, False or a positive integer")
 _RULES = {
     "planner": (_FLAG, "True cuts each window again, into micro-batches with less padding."),

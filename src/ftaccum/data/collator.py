@@ -118,7 +118,7 @@ class RowCollator:
         if found := [misfits for row in [*self._sound, *fetched[:_FEW]] if (misfits := self._misfits(row, fetched))]:
             misfits = min(found, key=len)
             first = min(misfits)
-            return self._describe(rows, positions[first], OddRowError(first, str(misfits[first])))
+            return self._describe(rows, positions[first], _odd_row(first, misfits[first], fetched[first]))
         return (
             f"The {rows.names_of(positions)} of `{rows.argument}` cannot be collated together: {error}. "
             "Give a `data_collator` that can collate them."
@@ -138,3 +138,12 @@ class RowCollator:
             except Exception as error:
                 found[n] = error
         return found
+
+
+def _odd_row(place: int, error: Exception, row: Row) -> OddRowError:
+    """Return the error for a row that a collator could not collate."""
+    if not (isinstance(error, KeyError) and isinstance(row, Mapping)):
+        return OddRowError(place, str(error))
+    problem = f"`data_collator` reads the column {error}, but the row has only {', '.join(map(repr, row))}"
+    remedy = "With a `tokenizer`, rows of text are tokenised first: leave it out if `data_collator` tokenises."
+    return OddRowError(place, problem, remedy)

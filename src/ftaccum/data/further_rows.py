@@ -48,7 +48,7 @@ def _rows_with(searched: SearchedRows, name: str, values: Sequence[float]) -> np
 def _column(searched: SearchedRows, name: str) -> NumberColumn | None:
     """Return the numbers of a column of a batch; None if rows have no numbers of this name."""
     if not searched.names:
-        return searched.column(TARGETS)
+        return searched.column(name)
     names = LABELS if name == TARGETS else (name,)
     key = next((key for key in names if key in searched.names), None)
     return None if key is None else searched.column(key)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import DataError
+from ..objective.own_rules import named_targets
 from .dataset import Rows
 from .row import Row, length_of
 
@@ -126,6 +127,26 @@ class NumberColumn:
         """Return the row of each number that is wanted."""
         return np.searchsorted(self.starts, np.flatnonzero(are_wanted), side="right") - 1
 
+    def unlike_rows(self, lengths: np.ndarray) -> list[int]:
+        """Return rows with the fewest and with the most numbers of each value, shortest rows first.
+
+        A loss that leaves out a value is a mean over more items in one row than in another. Return none if rows have
+        one number each, or differ in how many they have: then any rows show that.
+
+        Args:
+            lengths: the length of each row.
+        """
+        sizes = np.diff(self.starts)
+        if not len(sizes) or sizes[0] < 2 or (sizes != sizes[0]).any():
+            return []
+        found: dict[int, None] = {}
+        for value in np.unique(self.numbers).tolist():
+            counts = np.bincount(self._owners(self.numbers == value), minlength=len(sizes))
+            if counts.min() < counts.max():
+                for most in (counts.min(), counts.max()):
+                    found.setdefault(_shortest(np.flatnonzero(counts == most), lengths))
+        return list(found)
+
     def values_of(self, rows: Sequence[int]) -> set[Any]:
         """Return the distinct values of some rows; None stands for NaN."""
         return {_key(v) for row in rows for v in self.numbers[self.starts[row] : self.starts[row + 1]].tolist()}
@@ -189,7 +210,7 @@ class SearchedRows:
             return NumberColumn.of_table(self.table, name)
         are_mappings = isinstance(self.fetched[0], Mapping)
         return NumberColumn.of_values(
-            [row.get(name) for row in self.fetched] if are_mappings else [y for _, y in self.fetched]
+            [row.get(name) for row in (self.fetched if are_mappings else (named_targets(y) for _, y in self.fetched))]
         )
 
 

@@ -1,7 +1,7 @@
 """The choice of rows to check, and to measure the loss on, before training."""
 
 import heapq
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
 from .dataset import Rows
 from .further_rows import further_rows
-from .rare_rows import RareRows
+from .rare_rows import LabelKind, RareRows
 from .row import class_of, length_of
 from .short_rows import LONG_ENOUGH
 
@@ -22,6 +22,7 @@ _SAMPLE, _PROBE_ROWS = 32, 4
 _TIMES_SHORTEST = 1.5  # a row that is at most so many times as long as the shortest is quick to measure, too
 _STRIDE = 4  # of models that take tokens in groups
 _GROUP, _GROUP_TOKENS = 7, 4096  # the most rare rows, and the most tokens, in one batch
+_CLASSES = LabelKind()
 _SHORTEST = 8  # the shortest rows, which are candidates besides the sample
 
 
@@ -68,7 +69,11 @@ def _extremes(rows: Rows) -> list[int]:
 
 
 def sample_of(
-    rows: Rows, row_collator: RowCollator, candidates: Sequence[int], ignore_index: int, special: Collection[int] = ()
+    rows: Rows,
+    row_collator: RowCollator,
+    candidates: Sequence[int],
+    ignore_index: int,
+    label_kind: LabelKind = _CLASSES,
 ) -> Sample:
     """Return a few labelled rows, in one batch and in separate ones, for the objective to measure its loss on.
 
@@ -85,7 +90,7 @@ def sample_of(
             "Return tensors whose first dimension is the number of rows."
         )
 
-    rare = RareRows.of(rows, ignore_index, special)
+    rare = RareRows.of(rows, ignore_index, label_kind)
 
     def further(evidence: Sequence[Evidence]) -> list[RowGroup]:
         found = further_rows(rows, evidence, rare.positions)

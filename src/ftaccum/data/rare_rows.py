@@ -1,12 +1,12 @@
 """The choice of rows that cover every value of the labels, and of other columns with few distinct values."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..objective.model_forward import is_label
-from ..objective.own_rules import TARGETS
+from ..objective.own_rules import TARGETS, named_targets
 from ..objective.prefixed import is_tokens_column
 from .dataset import Rows
 from .number_columns import NumberColumn, SearchedRows, Values, numbers_of, readable_rows
@@ -15,8 +15,27 @@ from .row import Row
 _MOST_ROWS = 64
 _RESERVED = 16  # of these, for columns other than labels; the most for such columns of measurements
 _FIRST_ROWS = 8  # rows that show which columns to search
-_MOST_LABELS, _MOST_KINDS = 1000, 64  # distinct values of labels, and of other columns; a vocabulary has more
+_MOST_CLASSES, _MOST_TOKENS, _MOST_KINDS = 1000, 64, 64  # distinct values of labels, and of other columns
+_VERY_FEW = 3  # values, such as 0, 1 and one for "unknown"; rows are chosen by how often each occurs in them
 _FEW_LABELS = 32  # label values; up to this number, one more row may be chosen for each
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """What labels stand for.
+
+    Attributes:
+        are_tokens: whether they are tokens that a language model predicts with its own loss.
+        special: the special tokens, which are covered even if there are too many values.
+    """
+
+    are_tokens: bool = False
+    special: Collection[int] = ()
+
+    @property
+    def most(self) -> int:
+        """The most values to cover. Of a vocabulary, a model's own loss hardly treats any but special tokens apart."""
+        return _MOST_TOKENS if self.are_tokens else _MOST_CLASSES
 
 
 @dataclass(frozen=True)
@@ -33,30 +52,33 @@ class RareRows:
     not_looked_at: str
 
     @classmethod
-    def of(cls, rows: Rows, ignore_index: int, special: Collection[int]) -> "RareRows":
+    def of(cls, rows: Rows, ignore_index: int, label_kind: LabelKind) -> "RareRows":
         """Choose rows that cover the values of each column, rarest first, labels before other columns.
 
         Args:
             ignore_index: the label that the loss is known to ignore.
-            special: the token ids to cover if the labels come from a vocabulary.
         """
         labels, others = _columns(readable_rows(rows, _FIRST_ROWS))
         if not (labels or others):
             return cls((), "")
         search, unseen = _Search(SearchedRows.of(rows)), []
-        kinds = {name: each for name in labels if (each := search.labels(name, ignore_index)) is not None}
+        kinds = {
+            name: each for name in labels if (each := search.labels(name, ignore_index, label_kind.most)) is not None
+        }
         found = [each for name, is_flag in others.items() if (each := search.flags(name, is_flag=is_flag)) is not None]
         found.sort(key=lambda each: len(each.values))
         reserved = min(_RESERVED, sum(len(each.values) for each in found))
         for each in kinds.values():
-            search.cover(each, _MOST_ROWS - reserved, special)
+            search.cover(each, _MOST_ROWS - reserved, label_kind.special)
         for each in [each for each in found if not each.are_measurements]:
             search.cover(each, _MOST_ROWS)
+        for each in [*kinds.values(), *found]:
+            search.cover_numbers(each)
         most = min(_MOST_ROWS, len(search.chosen) + _RESERVED)
         for each in [each for each in found if each.are_measurements]:
             search.cover(each, most)
         for name, each in kinds.items():
-            missing = search.cover(each, _MOST_ROWS, special)
+            missing = search.cover(each, _MOST_ROWS, label_kind.special)
             if missing and not each.are_measurements:
                 unseen.append(
                     f"{missing:,} of {len(each.values):,} {'label' if name == TARGETS else repr(name)} values"
@@ -77,12 +99,15 @@ class _Kinds:
     Attributes:
         are_measurements: whether all other values of the column are measurements.
         most: the most values to cover. If there are more, only the special ones are.
+        ignored: the label that the loss is known to ignore, if a row has it. It is covered first: a loss of numbers,
+            such as a squared error, does not ignore it.
     """
 
     column: NumberColumn
     values: Values
     are_measurements: bool = False
-    most: int = _MOST_LABELS
+    most: int = _MOST_CLASSES
+    ignored: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,13 +117,13 @@ class _Search:
     rows: SearchedRows
     chosen: list[int] = field(default_factory=list)
 
-    def labels(self, name: str, ignore_index: int) -> _Kinds | None:
-        """Return the values to cover of a column of labels; None if it holds anything but numbers."""
+    def labels(self, name: str, ignore_index: int, most: int) -> _Kinds | None:
+        """Return up to `most` values to cover of a column of labels; None if it holds anything but numbers."""
         column = self.rows.column(name)
-        found = None if column is None else self._kinds(column, _MOST_LABELS)
-        if found is not None:
-            found.values.pop(ignore_index, None)
-        return found
+        found = None if column is None else self._kinds(column, most)
+        if found is None or ignore_index not in found.values:
+            return found
+        return replace(found, ignored={ignore_index: found.values.pop(ignore_index)})
 
     def flags(self, name: str, *, is_flag: bool | None) -> _Kinds | None:
         """Return the values to cover of another column; None if there are none.
@@ -135,15 +160,23 @@ class _Search:
         column, values = kinds.column, kinds.values
         if len(values) > kinds.most:
             values = {value: found for value, found in values.items() if value is None or value in special}
-        if values and not self.chosen:
+        frequent = values or (kinds.values if kinds.ignored else {})
+        if frequent and not self.chosen:
             are_measurements, lengths = kinds.are_measurements, self.rows.lengths
-            self.chosen.append(column.typical_row(lengths) if are_measurements else max(values.values())[1])
+            self.chosen.append(column.typical_row(lengths) if are_measurements else max(frequent.values())[1])
         seen = column.values_of(self.chosen)
-        for value, (_, row) in sorted(values.items(), key=lambda item: item[1]):
+        ignored = kinds.ignored if self.chosen else {}
+        for value, (_, row) in [*ignored.items(), *sorted(values.items(), key=lambda item: item[1])]:
             if len(self.chosen) <= most_rows and value not in seen:
                 self.chosen.append(row)
                 seen |= column.values_of([row])
         return len(values.keys() - seen)
+
+    def cover_numbers(self, kinds: _Kinds) -> None:
+        """Choose rows that have each value of a column rarely and often, if it has very few values."""
+        if self.chosen and not kinds.are_measurements and len(kinds.values) + len(kinds.ignored) <= _VERY_FEW:
+            unlike = [row for row in kinds.column.unlike_rows(self.rows.lengths) if row not in self.chosen]
+            self.chosen.extend(unlike[: max(0, _MOST_ROWS - len(self.chosen))])
 
     def add(self, n_rows: int) -> None:
         """Choose more rows at random, from the shorter half, until there are `n_rows`."""
@@ -163,7 +196,7 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, bool | None]]:
     """
     row = rows[0]
     if not isinstance(row, Mapping):
-        return ([TARGETS] if _are_numbers(numbers_of(row[1])) else []), {}
+        return [name for name, each in named_targets(row[1]).items() if _are_numbers(numbers_of(each))], {}
     arrays: dict[str, list[np.ndarray]] = {}
     for name in row:
         found = [numbers_of(each.get(name)) for each in rows]

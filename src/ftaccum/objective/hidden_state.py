@@ -19,10 +19,12 @@ class HiddenState:
     Attributes:
         off: the relative difference in loss between two passes that should be equal; 0 if there is no such state.
         places: where the state is; empty if unknown.
+        in_weights: whether it is in weights, and `off` is the relative difference of these.
     """
 
     off: float = 0.0
     places: Sequence[str] = ()
+    in_weights: bool = False
 
 
 def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, tolerance: float) -> HiddenState:

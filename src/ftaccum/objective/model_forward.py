@@ -120,8 +120,8 @@ class ModelForward(Forward):
         raise DataError(
             f"{self._source} has the columns {sorted(map(str, batch))}, and {name} computes no loss from them: they "
             f"have {'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
-            "Name the labels as in `forward`, or give a `loss_fn`; for a model that computes its loss without "
-            "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
+            "Name the column of labels as in `forward`, mostly `labels`, or give a `loss_fn`; for a model that "
+            "computes its loss without labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )
 
 

@@ -163,8 +163,8 @@ class ValueWeights:
 
 
 def column_of(batch: Batch, name: str) -> Tensor:
-    """Return a column of a batch by name. The targets of a tuple are its column `labels`."""
-    return batch[name] if isinstance(batch, Mapping) else batch[1]
+    """Return a column of a batch by name, as `columns_by_name` names it."""
+    return columns_by_name(batch)[name]
 
 
 def items_of(batch: Batch, ignore_index: int) -> list[Items]:
@@ -173,7 +173,9 @@ def items_of(batch: Batch, ignore_index: int) -> list[Items]:
     These are the labels, columns with a number per row or per label, columns of 0 and 1 and, if there are no labels,
     columns with several numbers per row.
     """
-    targets, tensors = targets_of(batch), _tensors(batch)
+    targets, tensors = targets_of(batch), columns_by_name(batch)
+    if not tensors:
+        return []
     can_shift = are_per_token(targets) and targets.shape[1] > 1
     n_rows = next(iter(tensors.values())).shape[:1]
     found = []
@@ -221,9 +223,21 @@ def values_in(items: Items, batches: Sequence[Batch]) -> Tensor:
     return torch.cat([items.values(batch).cpu().double() for batch in batches])
 
 
-def _tensors(batch: Batch) -> dict[Any, Tensor]:
-    given = batch.items() if isinstance(batch, Mapping) else [(TARGETS, batch[1])]
-    return {name: value for name, value in given if isinstance(value, Tensor) and value.ndim}
+def columns_by_name(batch: Batch) -> dict[Any, Tensor]:
+    """Return the columns of a batch by name. The targets of a pair have the names of `named_targets`."""
+    given = batch if isinstance(batch, Mapping) else named_targets(batch[1])
+    return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def named_targets(targets: Any) -> dict[Any, Any]:
+    """Return the targets of a tuple (inputs, targets) by name: `labels`, or `targets[0]`, … if several."""
+    if isinstance(targets, Mapping):
+        several = list(targets.items())
+    elif isinstance(targets, tuple) or (isinstance(targets, list) and targets and isinstance(targets[0], Tensor)):
+        several = list(enumerate(targets))
+    else:
+        return {TARGETS: targets}
+    return {f"targets[{place!r}]": value for place, value in several}
 
 
 def _unlike_most(values_N: Tensor, weights_N: Tensor) -> list[float]:

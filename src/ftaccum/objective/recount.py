@@ -118,7 +118,10 @@ class RareCheck:
 
     def difference(self, term: str, count: CountItems) -> float:
         """Return how far a count is from explaining a term on any of the rows."""
-        return max(observed.difference(term, count) for observed in self._observed)
+        try:
+            return max(observed.difference(term, count) for observed in self._observed)
+        except DataError:  # a value whose weight was not measured
+            return math.inf
 
     def _rule(self, term: str, rules: Sequence[Rule], tolerance: float) -> Recount | None:
         """Return the first rule that explains a term, also on further rows that have a value it counts differently.

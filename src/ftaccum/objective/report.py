@@ -270,13 +270,14 @@ class ExactnessReport:
 
     def _of_hidden_state(self) -> str:
         off, places = _percent(self.hidden_state.off), self.hidden_state.places
+        what = "these weights" if self.hidden_state.in_weights else "their loss"
         if places:
             named = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
             found = f"A forward pass changes {named}, which the next one depends on: two passes over the same rows "
         else:
             found = "`forward` or `loss_fn` keeps state from one call to the next: two passes over the same rows "
         return (
-            f"{found}differ by {off} in their loss. An update of k micro-batches changes the state k times, but one "
+            f"{found}differ by {off} in {what}. An update of k micro-batches changes the state k times, but one "
             "large batch changes it only once. Change it once per update instead, outside the forward pass."
         )
 

@@ -9,6 +9,7 @@ from ..runtime.log import logger
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode
+from ..runtime.written_weights import WrittenWeights
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .hidden_state import HiddenState, find_hidden_state
@@ -18,6 +19,7 @@ from .labelled_head import LabelledHead
 from .measured_counts import chosen_counts
 from .measurement import Measurement
 from .model_forward import ModelForward
+from .moving_weights import find_moving_weights
 from .objective import Objective
 from .own_loss import LOSS
 from .perturbation import float32_weights, has_narrow_weights
@@ -167,9 +169,14 @@ def _begun(measurement: Measurement, in_longest: Sequence[str], tolerance: float
         with preserve_attributes(measurement.model, *measurement.forward.modules):
             return list(run().values())
 
-    modules = measurement.forward.modules
+    modules, written = measurement.forward.modules, WrittenWeights(measurement.model, *measurement.forward.modules)
     mode, agree = DeterministicMode.of_pair(measurement.model, run, modules, tolerance)
     hidden = HiddenState() if agree else find_hidden_state(measurement.model, modules, run, tolerance)
+    if not hidden.off:
+        again = lambda: {
+            term: mean.item() for term, mean in measurement.outputs(measurement.sample.together)[0].items()
+        }
+        hidden = find_moving_weights(measurement.model, modules, again, written.found())
     mode = mode or DeterministicMode.of(measurement.model, run_once, modules)
     terms = terms_of(found, measurement.sample.together, measurement.count_items)
     begun = replace(measurement, terms=terms, first=first, mode=mode, hidden=hidden)

@@ -19,6 +19,7 @@ from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import Buffers, Generators
+from ..runtime.written_weights import WrittenWeights
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, backward
 from .item_counts import AFTER_SHIFT, Batch, CountItems, relabelled, tensors_of
@@ -175,12 +176,12 @@ def _observed(
 ) -> Observed | None:
     """Return the losses of rows in one batch and in separate ones; None if there is more to measure.
 
-    That is so if a pass draws random numbers or moves buffers, and if the loss has several terms or is not finite. That
-    of separate rows may be: a masked language model leaves some rows without labels.
+    That is so if a pass draws random numbers, moves buffers or writes to weights, and if the loss has several terms or
+    is not finite. That of separate rows may be: a masked language model leaves some rows without labels.
     """
     model, modules = measurement.model, measurement.forward.modules
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
-        generators, buffers = Generators.now(), Buffers.of(model, *modules)
+        generators, buffers, weights = Generators.now(), Buffers.of(model, *modules), WrittenWeights(model, *modules)
         with preserve_attributes(model, *modules):
             found, outputs = measurement.outputs(together)
         if measurement.forward.may_have_parts(outputs) or is_span_loss(outputs, found[LOSS], together):
@@ -189,7 +190,9 @@ def _observed(
         for part in parts:
             with preserve_attributes(model, *modules):
                 losses.append({term: mean.item() for term, mean in separate.means(part).items()})
-        if not generators.unchanged() or buffers.all_moved() or any(each.keys() != {LOSS} for each in losses):
+        if not generators.unchanged() or buffers.all_moved() or weights.found():
+            return None
+        if any(each.keys() != {LOSS} for each in losses):
             return None
     joint, *means = losses
     return Observed(joint, means, parts) if math.isfinite(joint[LOSS]) else None

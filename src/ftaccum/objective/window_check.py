@@ -11,6 +11,7 @@ from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers
+from ..runtime.written_weights import WrittenWeights
 from .batch_changes import fresh_batch_for
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
@@ -19,6 +20,7 @@ from .gradient_check import GradientDifference
 from .hidden_state import find_hidden_state
 from .item_counts import Batch, rows_of
 from .loss_memory import LossMemory
+from .moving_weights import find_moving_weights
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
@@ -98,7 +100,10 @@ class _Check:
         together = self._read(self.sample.together)
         padding = self._padding_difference(together, tolerance)
         names = list(scalars_of(self.forward.window_loss.loss(together)))
+        written = WrittenWeights(self.model, *self.forward.modules)
         hidden = find_hidden_state(self.model, self.forward.modules, self._norms, tolerance)
+        if not hidden.off:
+            hidden = find_moving_weights(self.model, self.forward.modules, self._norms, written.found())
         self._check_gradient()
         in_training, gradient = self._in_training(names, tolerance)
         loss = {term: mean.item() for term, mean in scalars_of(self.forward.window_loss.loss(together)).items()}

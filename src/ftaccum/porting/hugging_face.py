@@ -96,7 +96,7 @@ TRAINER = (
     Name("group_by_length train_sampling_strategy length_column_name", "",
          "Not needed. Rows are drawn at random, and the planner sorts the rows of each update by length."),
     Name("remove_unused_columns", "", "Not needed. The model gets the columns that its `forward` takes."),
-    Name("label_names", "", "Not needed. Labels are columns with `label` in their name, and start and end positions."),
+    Name("label_names", "", "Not needed. Metrics get the columns that Trainer finds; of a plain module, `labels`."),
     Name("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph", "",
          "Not needed. ftaccum sets up DistributedDataParallel itself."),
     Name("use_cpu no_cuda use_mps_device local_rank ddp_backend ddp_timeout accelerator_config", "", _LAUNCH),

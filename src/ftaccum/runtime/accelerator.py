@@ -1,5 +1,6 @@
 """Create the Accelerator of a run, and restore the process's global state afterwards."""
 
+import difflib
 import itertools
 import os
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from accelerate.utils import (
     LoggerType,
 )
 
-from ..errors import SettingsError
+from ..errors import SettingsError, fault_of_class
 from ..settings.runtime import Runtime
 from .process_group import ProcessGroup, open_process_group
 from .sharding.launcher import hidden_modes
@@ -225,6 +226,8 @@ def find_trackers(runtime: Runtime, output_dir: str | None) -> list[Any]:
     if log_with is None:
         return []
     asked = list(log_with) if isinstance(log_with, list | tuple) else [log_with]
+    if strays := [fault for one in asked if (fault := _fault_of_tracker(one))]:
+        raise SettingsError(strays)
     usable = {"all", *map(str, get_available_trackers())}
     # Without this check, `filter_trackers` would log a missing tracker, which fails before there is an Accelerator.
     absent = [str(one) for one in asked if str(one) in LoggerType.list() and str(one) not in usable]
@@ -235,3 +238,13 @@ def find_trackers(runtime: Runtime, output_dir: str | None) -> list[Any]:
     except ValueError as error:
         remedy = "" if output_dir else " Trackers that write files need `output_dir`."
         raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
+
+
+def _fault_of_tracker(one: Any) -> str | None:
+    names = [str(name) for name in LoggerType.list()]
+    if not isinstance(one, str) or one in names:
+        return fault_of_class("log_with", one)
+    near = difflib.get_close_matches(one, names, 1)
+    remedy = f"Did you mean {near[0]!r}?" if near else "None logs to no tracker."
+    allowed = ", ".join(map(repr, names))
+    return f"`log_with` must be one of {allowed}, a GeneralTracker or None, but is {one!r} instead. {remedy}"

@@ -48,8 +48,13 @@ class AnyLayoutHook(functools.partial[None]):
 
 def needs_dense_gradient(tensor: Tensor) -> bool:
     """Return whether hooks see the gradient of a tensor, and may expect a dense one."""
-    hooks = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
-    return any(not isinstance(hook, AnyLayoutHook) for each in hooks for hook in (each or {}).values())
+    return bool(n_hooks(tensor))
+
+
+def n_hooks(tensor: Tensor) -> int:
+    """Return the number of hooks that see the gradient of a tensor, without those that take sparse gradients."""
+    every = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return sum(not isinstance(hook, AnyLayoutHook) for hooks in every if hooks for hook in hooks.values())
 
 
 def sees_gradient(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ _HOOKS_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_
 _HOOKS_BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _HOOKS = (*_HOOKS_AFTER, *_HOOKS_BEFORE)
 _HOOKS_ON_GRADIENTS = ("_backward_hooks", "_backward_pre_hooks")
+ALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_HOOKS_ON_GRADIENTS)
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .fingerprint import is_expanded
 from .model_wrapper import configs_in
 from .module_attributes import preserve_attributes
+from .written_weights import preserve_weights
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,15 @@ def cast_tensors(
 def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode without gradients, to try it out.
 
-    On exit, restore generators, buffers, modes, plain attributes and the model's `problem_type`.
+    On exit, restore generators, buffers, modes, plain attributes, the model's `problem_type`, and weights that passes
+    write to.
 
     Args:
         modules: modules besides the model that compute the loss.
     """
     with (
         torch.no_grad(), preserve_rng(), preserve_buffers(model, *modules), training_mode(model, training=False),
-        preserve_problem_type(model), preserve_attributes(model, *modules),
+        preserve_problem_type(model), preserve_attributes(model, *modules), preserve_weights(model, *modules),
     ):  # fmt: skip
         yield
 

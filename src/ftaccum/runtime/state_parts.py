@@ -74,7 +74,9 @@ class Values:
         self._version = _version(value)
 
     def changed(self) -> list[str]:
-        """Return the place if the values have changed."""
+        """Return the place if the values have changed, and are not those of a weight that is trained."""
+        if isinstance(self._value, Tensor) and self._value.requires_grad:
+            return []
         if self._copy is None:
             same = _version(self._value) == self._version
         elif isinstance(self._value, Tensor):

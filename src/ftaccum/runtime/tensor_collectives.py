@@ -1,10 +1,10 @@
 """Tensors gathered and summed over processes, on their devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from .process_group import ProcessGroup
 
@@ -45,12 +45,12 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
     return total
 
 
-def broadcast_parameters(module: nn.Module) -> None:
-    """Copy process 0's parameters of a module to all others. Several processes call this together."""
-    for p in module.parameters():
-        values = p.data.contiguous()
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Copy process 0's values of tensors to all others. Several processes call this together."""
+    for tensor in tensors:
+        values = tensor.data.contiguous()
         distributed.broadcast(values, src=0)
-        p.data.copy_(values)
+        tensor.data.copy_(values)
 
 
 def _unpacked(data: Tensor, spec: Specs) -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from .module_attributes import GENERATORS, OF_EVERY_MODULE, OF_SHARDING
+from .gradient_hooks import n_hooks
+from .module_attributes import ALL_HOOKS, GENERATORS, OF_EVERY_MODULE, OF_SHARDING
 from .state_parts import SCALARS, Items, Values
 
 _DEPTH = 4  # levels of containers, objects and functions to look into
@@ -31,10 +33,10 @@ _Part = Items | Values
 
 
 class WatchedState:
-    """Finds out whether the state of a loss has changed, other than its weights and the buffers of the model.
+    """Finds out whether the state of a loss has changed, other than trained weights and the statistics of norms.
 
-    The state is what functions, modules and other objects refer to: plain attributes, buffers and submodules, values of
-    closures and defaults, and globals that a function names.
+    The state is what functions, modules and other objects refer to: plain attributes, buffers, frozen weights,
+    submodules and the number of hooks, values of closures and defaults, and globals that a function names.
 
     Tensors of up to 4,096 numbers in the host's memory are compared by value, others by their version: to read them
     would wait for the device. Writes to `.data` do not change the version.
@@ -97,6 +99,7 @@ class _Walk:
 
     def parts(self, roots: Roots) -> Iterator[_Part]:
         yield Items("", "{}", roots)
+        yield Items("", "the hooks of {}", _reader_of_hooks(self._model))
         for name, module in self._model.named_modules():
             self._known[id(module)] = module
             yield from self._module(module, f"model.{name}" if name else "model", of_loss=False)
@@ -111,10 +114,18 @@ class _Walk:
         for name, value in attributes.items():
             if name not in OF_EVERY_MODULE and not name.startswith(OF_SHARDING) and not isinstance(value, SCALARS):
                 yield from self._value(value, f"{place}.{name}", _DEPTH - 1, of_loss=of_loss)
-        if of_loss:
+        if not isinstance(module, _NormBase):  # whose statistics each pass moves
             yield Items(place, ".{}", lambda: attributes["_buffers"])
-            for name, value in attributes["_buffers"].items():
-                yield from self._value(value, f"{place}.{name}", 1)
+            frozen = {
+                name: p
+                for name, p in attributes["_parameters"].items()
+                if type(p) is nn.Parameter and not p.requires_grad
+            }
+            for name, value in (attributes["_buffers"] | frozen).items():
+                if value is not None and id(value) not in self._known and f"{place}.{name}" not in self._counters:
+                    self._known[id(value)] = value
+                    yield Values(f"{place}.{name}", value)
+        if of_loss:
             yield from self._value(type(module).forward, f"{place}.forward", _DEPTH - 1)
 
     def _value(self, value: Any, place: str, depth: int, *, of_loss: bool = True) -> Iterator[_Part]:
@@ -162,6 +173,18 @@ class _Walk:
         if of_loss and isinstance(call, FunctionType):
             return lambda: {**attributes, "__call__": call}
         return lambda: attributes
+
+
+def _reader_of_hooks(model: nn.Module) -> Callable[[], dict[str, int]]:
+    """Return a function that returns the number of hooks of each module and each parameter."""
+    modules = [(f"model.{name}" if name else "model", vars(module)) for name, module in model.named_modules()]
+    weights = [(f"model.{name}", p) for name, p in model.named_parameters()]
+
+    def read() -> dict[str, int]:
+        found = {name: sum(len(attributes[kind]) for kind in ALL_HOOKS) for name, attributes in modules}
+        return found | {name: n_hooks(p) for name, p in weights}
+
+    return read
 
 
 def _is_of_library(owner: Any) -> bool:

@@ -1,6 +1,7 @@
 """Load the rows, the model and the metrics of a task."""
 
 import difflib
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -48,13 +49,13 @@ class Loaded:
         more: further arguments of `test_fine_tuning`, such as `data_collator` and `compute_metrics`.
     """
 
-    model: Any
-    tokenizer: Any
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
     train: Dataset
     val: Dataset | None
-    task: Task
-    new_model: Callable[[], Any]
-    more: dict[str, Any] = field(default_factory=dict)
+    task: Task = field(repr=False)
+    new_model: Callable[[], Any] = field(repr=False)
+    more: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def arguments(self) -> dict[str, Any]:
         """Return all of it as arguments of `test_fine_tuning`."""
@@ -76,7 +77,10 @@ def make_task(named: NamedArguments) -> Task:
         SettingsError: if there is no such task, or an option does not fit it.
     """
     if named.task not in TASKS:
-        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
+        near = difflib.get_close_matches(named.task.replace("_", "-"), TASKS, 1, _SIMILAR)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        faults = [f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead.{meant}"]
+        raise SettingsError(faults)
     return task_class(named.task)(named)
 
 
@@ -100,19 +104,26 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
     known = {f.name for f in fields(TrainArguments)}
     settings = {name: value for name, value in given.items() if name not in known}
-    refuse(
-        [
-            f"`load_task` has no option {name!r}. {_hint(name, known)}"
-            for name in settings
-            if name not in LOADING_SETTINGS
-        ]
-    )
+    unknown = [name for name in settings if name not in LOADING_SETTINGS]
+    refuse([f"`load_task` has no option {name!r}. {_hint(name, known)}" for name in unknown])
+    refuse([_of_objects(name, given[name]) for name in ("model", "train_data", "val_data") if _is_object(given[name])])
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     loaded = load(named, settings)
     # `test_fine_tuning` tokenizes the texts of some tasks.
     text = {name: settings[name] for name in TEXT_SETTINGS if name in settings}
     return replace(loaded, more=loaded.more | text)
+
+
+def _is_object(value: Any) -> bool:
+    return not (value is None or isinstance(value, str | os.PathLike))
+
+
+def _of_objects(name: str, value: Any) -> str:
+    return (
+        f"`{name}` must be a string, such as the name of a file, but is a {type(value).__name__} instead. In Python, "
+        "`test_fine_tuning` takes models and rows that are loaded."
+    )
 
 
 def _hint(unknown: str, known: Collection[str]) -> str:

@@ -112,7 +112,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if val_rows is not None:
         _check_validation(components, batch, check_sample(val_rows, val_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
-    sample = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
+    sample = sample_of(rows, row_collator, labelled, ignore_index, components.label_kind)
     for group in sample.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
@@ -166,8 +166,12 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
             "Give it the same columns as `train_data`."
         )
     if components.compute_metrics is not None and not has_labels(components.compute_metrics, components.model, val):
+        columns = f", only {', '.join(map(repr, val))}" if isinstance(val, Mapping) else ""
         raise SettingsError(
-            ["`compute_metrics` compares with `labels`, but the validation rows have none. Add labels or leave it out."]
+            [
+                f"`compute_metrics` compares with `labels`, but the validation rows have none{columns}. Name the "
+                "column to compare with `labels`, or leave `compute_metrics` out."
+            ]
         )
 
 

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sharded import ShardedGradients
-from ..runtime.optimizers import switches_weights, training_weights
-from ..runtime.tensor_collectives import broadcast_parameters
+from ..runtime.optimizers import parameters_of, switches_weights, training_weights
+from ..runtime.tensor_collectives import broadcast_tensors
 from .base_run import Run
 from .closure import check_step
 from .config import RunConfig
@@ -75,5 +75,6 @@ class OptimizedRun(Run):
         super()._prepare_model(stack)
         if self._loss_module is not None:
             self._loss_module.to(self.accelerator.device)
-            if not self.process_group.is_single:
-                broadcast_parameters(self._loss_module)
+        known = set(self.model.parameters())
+        if not self.process_group.is_single:
+            broadcast_tensors(p for p in parameters_of(self.optimizer) if p not in known)

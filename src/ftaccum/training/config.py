@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from ..arguments import parse_settings
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
-from ..errors import refuse, shown
+from ..data.rare_rows import LabelKind
+from ..errors import fault_of_class, refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
 from ..objective.window_loss import LossInputs
-from ..runtime.model_traits import can_generate
+from ..runtime.model_traits import can_generate, output_embeddings
 from ..runtime.model_wrapper import model_to_save
 from ..runtime.sharding.launcher import loads_on_one_process
 from ..runtime.sharding.tensors import has_sharded_tensors
@@ -78,11 +79,13 @@ class Components:
         return getattr(self.tokenizer, "padding_side", "right")
 
     @property
-    def special_tokens(self) -> set[int]:
-        """The ids of padding, end-of-text and other special tokens, as the tokenizer and the config declare them."""
+    def label_kind(self) -> LabelKind:
+        """Whether labels are tokens that a model predicts with a loss of its own, and the declared special tokens."""
         config = vars(self.configuration)
         named = [value for name, value in config.items() if name.endswith("_token_id")]
-        return {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
+        special = {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
+        predicts_tokens = self.loss_fn is None and output_embeddings(model_to_save(self.model)) is not None
+        return LabelKind(predicts_tokens, special)
 
     @property
     def pad_token_id(self) -> int:
@@ -157,6 +160,8 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     else:
         faults += faults_of_adapters(components.model, components.lora, runtime.save)
+    if isinstance(components.tokenizer, str):
+        faults.append(f"`tokenizer` is the name {components.tokenizer!r}. Load it: `AutoTokenizer.from_pretrained`.")
     for name in ("data_collator", "loss_fn", "loss_inputs", "count_items"):
         part = getattr(components, name)
         if part is not None and not callable(part):
@@ -170,6 +175,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
         *_faults_of_generation(components),
         fault_of_callbacks(components.callbacks),
+        fault_of_class("loss_fn", components.loss_fn),
         *faults_of_optimizer(recipe, components.optimizer),
         *faults_of_lr_scheduler(recipe),
     )

@@ -86,6 +86,9 @@ def _remedies(components: Components, forward: ModelForward, row: Batch, error: 
             "Set a padding token, such as the end-of-text token: `tokenizer.pad_token = tokenizer.eos_token` and "
             "`model.config.pad_token_id = tokenizer.pad_token_id`."
         )
+    if "forward() missing" in str(error) and isinstance(row, Mapping) and forward.accepted:
+        has, takes = (", ".join(map(repr, names)) for names in (row, sorted(forward.accepted)))
+        yield f"The rows have the columns {has}, and `forward` takes {takes}. Rename the columns."
     if labels is None:
         return
     if any(words in str(error) for words in _NOT_FLOATS) and not labels.is_floating_point():
@@ -95,6 +98,11 @@ def _remedies(components: Components, forward: ModelForward, row: Batch, error: 
         yield (
             f"The row has {n_classes} labels, one per class. If a row can have several classes, set "
             "`model.config.problem_type = 'multi_label_classification'`; if not, give the index of its class."
+        )
+    if forward.is_own and labels.is_floating_point() and labels.ndim == 1 and (n_classes or 1) > 1:
+        yield (
+            "The labels are decimal numbers, which a model of several classes does not take for classes. Give whole "
+            "numbers: 1 instead of 1.0."
         )
     leading = [name for name, column in columns_of(row).items() if column.ndim > 2 and column.shape[1] == 1]
     if leading:
@@ -110,6 +118,8 @@ def _of_arguments(loss_fn: Any, row: Batch, error: Exception) -> Iterator[str]:
     if isinstance(error, KeyError) and is_dict:
         yield f"The batch that `loss_fn` gets has the columns {', '.join(map(repr, row))}."
     function = getattr(type(loss_fn), "forward", loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+    if isinstance(error, TypeError) and "must be Tensor, not dict" in str(error):
+        yield "`loss_fn` gets the outputs and the batch, a dict: take the labels from it, as in `batch['labels']`."
     name = getattr(function, "__qualname__", None)
     if isinstance(error, TypeError) and "positional argument" in str(error) and f"{name}()" in str(error):
         yield f"`loss_fn` is called with two arguments: (outputs, {'batch' if is_dict else 'targets'})."

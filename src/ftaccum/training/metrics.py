@@ -1,5 +1,6 @@
 """Metrics on the predictions of all validation rows, computed by the user's function or an `evaluate` module."""
 
+import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from ..data.loader import MicroBatch
-from ..errors import MetricsError, SettingsError, shown
+from ..errors import MetricsError, SettingsError, fault_of_class, shown
 from ..objective.item_counts import Batch, are_per_token, targets_of
 from ..objective.labelled_head import NeededLogits
 from ..objective.labelled_positions import LabelledPositions
@@ -47,7 +48,16 @@ def faults_of_metrics(compute_metrics: Any, preprocess_logits: Any) -> list[str]
     if not (compute_metrics is None or callable(compute_metrics) or isinstance(compute_metrics, _MODULES)):
         faults.append(
             "`compute_metrics` must be a function of an EvalPrediction or an `evaluate` module, but is "
-            f"{compute_metrics!r} instead. For example, give `compute_metrics=ftaccum.Accuracy()`."
+            f"{shown(compute_metrics)} instead. For example, give `compute_metrics=ftaccum.Accuracy()`; "
+            "`evaluate.combine` joins several modules."
+        )
+    elif fault := fault_of_class("compute_metrics", compute_metrics):
+        faults.append(fault)
+    elif is_function(compute_metrics) and not _takes_one_argument(compute_metrics):
+        name = getattr(compute_metrics, "__name__", "function")
+        faults.append(
+            f"`compute_metrics` is called with one argument, an EvalPrediction, but {name} takes others. Give a "
+            f"function of it, such as `lambda p: {{'{name}': {name}(p.label_ids, p.predictions.argmax(-1))}}`."
         )
     if preprocess_logits is None:
         return faults
@@ -68,6 +78,16 @@ def faults_of_metrics(compute_metrics: Any, preprocess_logits: Any) -> list[str]
             "from the logits. Give a function as `compute_metrics`, or leave out `preprocess_logits_for_metrics`."
         )
     return faults
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except ValueError:  # a builtin function may have no signature
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def is_function(compute_metrics: Any) -> bool:

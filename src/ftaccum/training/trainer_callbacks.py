@@ -27,7 +27,10 @@ _OF_THIS_CALL = {
 def fault_of_callbacks(callbacks: Any) -> str | None:
     """Return a message that says why `callbacks` cannot be used, or None if they can."""
     if not isinstance(callbacks, list | tuple):
-        return f"`callbacks` must be a list of `transformers.TrainerCallback` objects, but is {callbacks!r} instead."
+        return (
+            f"`callbacks` must be a list of `transformers.TrainerCallback` objects, but is {callbacks!r} instead. Put "
+            "it in a list, also a single one."
+        )
     classes = [each for each in callbacks if isinstance(each, type)]
     strays = [each for each in callbacks if not isinstance(each, TrainerCallback)]
     if classes:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...errors import SettingsError, refuse, shown
 from ...fields import Rule, is_positive_int
 from ...objective.item_counts import Batch, tensors_of
+from ...runtime.accelerator import requested_processes
 from ..exact_options import faults_of_options
 
 _COUNT = Rule(is_positive_int, "a positive integer")
@@ -35,6 +36,11 @@ def check_arguments(model: Any, accelerator: Any, scaler: Any, **options: Any) -
         faults.append(
             f"`accelerator` must be an accelerate.Accelerator or None, but is {shown(accelerator)} instead. Leave it "
             "out in a loop without Accelerate."
+        )
+    elif accelerator is not None and accelerator.num_processes != (started := requested_processes()):
+        faults.append(
+            f"`accelerator` sees {accelerator.num_processes} of {started} processes, so that each would "
+            "train a model of its own. Without GPUs, create it with `Accelerator(cpu=True)`."
         )
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         faults.append(f"`scaler` must be a torch.amp.GradScaler or None, but is {shown(scaler)} instead.")

@@ -10,15 +10,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer, SparseAdam
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import SettingsError
 from ..gradient_hooks import AnyLayoutHook
 from ..optimizers import inner_optimizers, parameters_of, place_state
 from ..process_group import ProcessGroup
 from ..sharding.tensors import local_part
-from ..tensor_collectives import broadcast_parameters
-from .averaged import average_gradients, dense_zeros
+from ..tensor_collectives import broadcast_tensors
 from .plain import GradientStrategy
+from .process_average import average_gradients, dense_zeros
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
@@ -52,6 +53,7 @@ class Fp32Gradients(GradientStrategy):
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(RoundingOptimizer(optimizer))
+        self._hooks: dict[nn.Parameter, RemovableHandle] | None = None  # None outside of an epoch
 
     @property
     def weights(self) -> Sequence[nn.Parameter]:
@@ -60,7 +62,7 @@ class Fp32Gradients(GradientStrategy):
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return the model without DDP, and the optimizer. Copy process 0's weights to all others, as DDP would."""
         if accelerator.num_processes > 1:
-            broadcast_parameters(model)
+            broadcast_tensors(model.parameters())
         place_state(self._optimizer.wrapped)
         optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         # Accelerate leaves DDP out in "evaluation mode".
@@ -68,13 +70,22 @@ class Fp32Gradients(GradientStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        add = AnyLayoutHook(self._optimizer.add)
-        hooks = [p.register_post_accumulate_grad_hook(add) for p in self._optimizer.sums]
+        self._hooks = {}
         try:
             yield
         finally:
-            for hook in hooks:
+            for hook in self._hooks.values():
                 hook.remove()
+            self._hooks = None
+
+    def begin_window(self) -> None:
+        self._optimizer.cover_all()
+        if self._hooks is None:
+            return
+        add = AnyLayoutHook(self._optimizer.add)
+        for p in self._optimizer.sums:
+            if p.requires_grad and p not in self._hooks:
+                self._hooks[p] = p.register_post_accumulate_grad_hook(add)
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """Average the sums over all processes."""
@@ -101,6 +112,13 @@ class RoundingOptimizer(Optimizer):
         self._is_rounded = False
         self.sums: dict[nn.Parameter, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
+
+    def cover_all(self) -> None:
+        """Add a stand-in for each weight that was unfrozen, or added to the wrapped optimizer, since the last call."""
+        for p in _trained(self.wrapped):
+            if p not in self.sums:
+                self.sums[p] = _stand_in(p)
+                self.param_groups[0]["params"].append(self.sums[p])
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         def evaluate() -> Any:

@@ -1,6 +1,6 @@
 """The sums of gradients over a window, as autograd and DDP compute them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,13 +13,14 @@ from ..library_output import ddp_warnings_silenced
 from ..memory import none_if_out_of_memory
 from ..optimizers import parameters_of, place_state, takes_sparse_gradients
 from ..process_group import ProcessGroup
+from .process_average import average_gradients
 
 
 class GradientStrategy:
     """The way to sum gradients over the passes of a window and over processes.
 
     This class sums in `param.grad`, in the dtype of the weights, and DDP averages over processes in the last pass.
-    Subclasses do it differently.
+    Parameters outside of the model, such as those of a loss, are averaged after it. Subclasses do it differently.
 
     Attributes:
         reduces_after_passes: whether processes communicate only in `reduce`, and in no pass of a window.
@@ -29,6 +30,7 @@ class GradientStrategy:
 
     reduces_after_passes = False
     gathers_weights = False
+    _of_model: Set[Tensor] = frozenset()  # the parameters whose gradients DDP averages
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Create a strategy.
@@ -52,6 +54,7 @@ class GradientStrategy:
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return the model and the optimizer, wrapped by Accelerate."""
         place_state(self._optimizer)
+        self._of_model = set(model.parameters())
         # Accelerate would move the state with `load_state_dict`, after which an optimizer and those that it contains no
         # longer share their parameter groups.
         with ddp_warnings_silenced(accelerator):
@@ -110,14 +113,20 @@ class GradientStrategy:
     def show(self) -> None:
         """Put the gradient that the next step will use into the `grad` of the weights, if it is not there."""
 
-    def reduce(self, process_group: ProcessGroup) -> None:  # noqa: ARG002
+    def begin_window(self) -> None:
+        """Begin a window. Callbacks may have unfrozen weights since the last one, or added them to the optimizer."""
+
+    def reduce(self, process_group: ProcessGroup) -> None:
         """Complete the window's gradient after its passes, so that all processes have the average.
 
-        DDP has averaged it by then. This makes sparse gradients dense, or coalesces those that the optimizer takes.
+        DDP has averaged that of the model by then. This makes sparse gradients dense, or coalesces those that the
+        optimizer takes.
         """
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.coalesce() if p in self.sparse_parameters else p.grad.to_dense()
+        if outside := [p for p in self.parameters if p not in self._of_model]:
+            average_gradients(outside, process_group)
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the window's gradient to a total norm, and return the norm before clipping."""

@@ -29,9 +29,9 @@ from ..sharding.shard import shard_model
 from ..sharding.tensors import local_part
 from ..sharding.units import weights_by_name
 from ..sharding.used_weights import UsedWeights
-from .averaged import average_gradients
 from .fp32 import RoundingOptimizer, has_narrow_weights
 from .plain import GradientStrategy
+from .process_average import average_gradients
 
 _NO_UNITS = (
     "No blocks of the model were found that can be gathered separately, so each process holds all weights during a "

@@ -19,7 +19,7 @@ class SparseEmbeddingGradients:
     before any other code sees it.
     """
 
-    def __init__(self, model: nn.Module, left_sparse: Set[Tensor]) -> None:
+    def __init__(self, model: nn.Module, left_sparse: Set[Tensor], *, on_one: bool = True) -> None:
         """Create an empty sum.
 
         It leaves out tables on accelerators: no gain is known there, and adding rows in no fixed order would not be
@@ -27,10 +27,13 @@ class SparseEmbeddingGradients:
 
         Args:
             left_sparse: parameters whose sparse gradients the optimizer gets as they are.
+            on_one: whether there is a single process. With several, it leaves out the tables that the user has made
+                sparse, because DDP expects the gradient of each pass to be sparse.
         """
         modules = [] if is_compiled(model) else list(model.modules())
         self._all_tables = [m for m in modules if isinstance(m, nn.Embedding)]
         self._left_sparse = left_sparse
+        self._on_one = on_one
         self._tables: list[nn.Embedding] = []
         self._sums: dict[Tensor, Tensor] = {}
 
@@ -38,7 +41,7 @@ class SparseEmbeddingGradients:
     def sparse(self) -> Iterator[None]:
         """Make the tables produce sparse gradients. Inside, call `collect` after each pass."""
         # A callback may have registered hooks since the last window, or frozen a table.
-        self._tables = [table for table in self._all_tables if _can_be_sparse(table, self._left_sparse)]
+        self._tables = [table for table in self._all_tables if self._can_be_sparse(table)]
         before = [table.sparse for table in self._tables]
         for table in self._tables:
             table.sparse = True
@@ -70,11 +73,10 @@ class SparseEmbeddingGradients:
     def drop(self) -> None:
         self._sums = {}
 
-
-def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
-    weight = table.weight
-    if table.sparse and weight in left_sparse:
-        return False
-    trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    on_cpu = weight.device.type == "cpu"
-    return trained and on_cpu and not (needs_dense_gradient(weight) or table.scale_grad_by_freq)
+    def _can_be_sparse(self, table: nn.Embedding) -> bool:
+        weight = table.weight
+        if table.sparse and (not self._on_one or weight in self._left_sparse):
+            return False
+        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        on_cpu = weight.device.type == "cpu"
+        return trained and on_cpu and not (needs_dense_gradient(weight) or table.scale_grad_by_freq)
