@@ -59,7 +59,7 @@ def learned(row: dict[str, list[int]], tokenizer: Any) -> list[str]:
     return [tokenizer.decode(stretch) for stretch in stretches if stretch]
 
 
-def save_chat_model(folder: Path, template: str | None = PLAIN, dtype: torch.dtype = torch.float32) -> str:
+def save_chat_model(folder: Path, template: str | None = PLAIN, dtype: torch.dtype = torch.float32, **more: Any) -> str:
     """Save a tiny Llama and a byte tokenizer, and return the folder."""
     tokenizer = tokenizer_with(template)
     config = LlamaConfig(
@@ -72,6 +72,7 @@ def save_chat_model(folder: Path, template: str | None = PLAIN, dtype: torch.dty
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **more,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
+from chats import save_chat_model
 from exactness import windows_of
-from ftaccum import CheckpointError, SettingsError, test_fine_tuning, verify
+from ftaccum import CheckpointError, SettingsError, load_task, test_fine_tuning, verify
 from ftaccum.runtime.adapters import fully_trained_modules
+from ftaccum.tasks.adapter_folder import load_with_base
 from ftaccum.training.adapters import head_modules, task_type
 from heads import HEADS, Row, all_in_float64, one_batch, relative_error
 from interrupted import fine_tuned
@@ -25,6 +27,7 @@ from interrupted import model as interrupted_model
 from invariance import difference, trained
 from running_out import limited
 from searching import quick
+from task_files import save_rows
 
 LLAMA, BERT = HEADS["causal LM, Llama"], HEADS["sequence classification, BERT"]
 SIZES: dict[str, Any] = {"batch_size": 2, "effective_batch_size": 4}
@@ -283,6 +286,24 @@ def test_tied_embeddings_are_merged_where_the_adapters_are(lora: dict[str, Any],
     torch.testing.assert_close(logits_of(loaded, rows), logits_of(result.model, rows), rtol=1e-6, atol=1e-9)
     is_tied = loaded.config.tie_word_embeddings
     assert is_tied == ("modules_to_save" in lora)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT tells that it saves them
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_embeddings_of_added_tokens_are_trained(tied: bool, tmp_path: Path) -> None:
+    model = save_chat_model(tmp_path / "model", tie_word_embeddings=tied)
+    rows = save_rows(tmp_path / "rows.jsonl", [{"text": "<call> a"}] * 2)
+    loaded = load_task("causal-lm", model, rows, validation_split=0.0, add_tokens="<call>", lora=True)
+    before = loaded.model.get_input_embeddings().weight.detach().clone()
+    settings = {"lora": True, "learning_rate": 0.1, "audit": False, "output_dir": tmp_path / "run"}
+    result = test_fine_tuning(**loaded.arguments(), **settings, **{"n_epochs": 1, "progress": False})
+    added = loaded.tokenizer.convert_tokens_to_ids("<call>")
+    trained, saved = result.model, load_with_base(tmp_path / "run" / "model")
+    for found in (trained, saved):
+        weights = [p for p in found.get_input_embeddings().parameters() if p.requires_grad]
+        assert (weights[0][added] - before[added]).abs().max() > 0.01
+    ids = torch.tensor([[added, 3]])
+    assert torch.equal(trained.eval()(input_ids=ids).logits, saved.eval()(input_ids=ids).logits)
 
 
 def test_running_out_of_memory_changes_no_update_of_adapters() -> None:

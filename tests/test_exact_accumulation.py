@@ -240,6 +240,15 @@ def test_a_window_without_loss_items_has_no_gradient_and_no_loss() -> None:
         model.zero_grad()
 
 
+def test_a_first_window_of_one_row_does_not_hide_that_a_loss_is_no_mean() -> None:
+    accumulation = ExactAccumulation(Net(), loss_fn=lambda outputs, targets: F.mse_loss(outputs, targets).sqrt())
+    targets = X[:, :3] * 2
+    accumulation.backward([(X[:1], targets[:1])])
+    with pytest.warns(InexactLossWarning, match="not a mean over items that can be counted"):
+        accumulation.backward(loaded(X[1:8], targets[1:8]))
+    assert [audit["audit"] for audit in accumulation.audits] == [1, 2]
+
+
 def test_gradients_add_up_as_in_pytorch() -> None:
     model, (x, labels) = Net(), pairs()
     accumulation = ExactAccumulation(model, loss_fn=nn.CrossEntropyLoss())

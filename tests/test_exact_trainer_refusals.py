@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from ftaccum import InexactLossError, InexactLossWarning, SettingsError, exact
+from ftaccum.bridges.trainer.trainer_support import known_as_inexact
 from heads import HEADS, PAD, one_batch
 from trainers import Listed, arguments, gradients, window_errors
 
@@ -311,6 +312,14 @@ def trained(case: str, **options: Any) -> None:
 def test_an_inexact_loss_is_reported_before_training(case: str) -> None:
     with pytest.warns(InexactLossWarning, match=INEXACT[case][3]):
         trained(case, audit=False)
+
+
+def test_a_loss_that_sorts_rows_is_known_as_inexact() -> None:
+    """It is exact as long as a model ranks rows as its reference does, and so is not found by measuring."""
+    for kinds, is_inexact in ((["sigmoid", "aot"], True), ("aot", True), (["sigmoid"], False), ("sigmoid", False)):
+        trainer = SimpleNamespace(args=SimpleNamespace(loss_type=kinds))
+        assert any("'aot'" in sentence for sentence in known_as_inexact(trainer)) == is_inexact
+    assert not known_as_inexact(SimpleNamespace(args=SimpleNamespace()))
 
 
 @pytest.mark.parametrize("case", INEXACT)

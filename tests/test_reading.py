@@ -143,10 +143,10 @@ def test_named_text_columns_of_numbers_are_text(tmp_path: Path) -> None:
     assert rows[:] == {"text": ["12", "7"], "label": [1, 0]}
 
 
-def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def messages(monkeypatch: pytest.MonkeyPatch, level: str = "info") -> list[str]:
     """Return a list to which the messages of the logger are added."""
     found: list[str] = []
-    monkeypatch.setattr("ftaccum.runtime.log.logger.info", found.append)
+    monkeypatch.setattr(f"ftaccum.runtime.log.logger.{level}", found.append)
     return found
 
 
@@ -307,6 +307,33 @@ def test_parquet_keeps_class_names_and_gives_categories_as_text(tmp_path: Path) 
     assert read_rows(str(tmp_path / "a.parquet")).features == features
     pd.DataFrame({"text": ["x"], "kind": pd.Categorical(["y"])}).to_parquet(tmp_path / "b.parquet")
     assert read_rows(str(tmp_path / "b.parquet")).features == Features(dict.fromkeys(("text", "kind"), Value("string")))
+
+
+def test_spaces_after_delimiters_belong_to_no_field(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", 'text, "label", n\n"a, b", "good", 1\nc, bad, 2\n')
+    assert list(read_rows(file)) == [{"text": "a, b", "label": "good", "n": 1}, {"text": "c", "label": "bad", "n": 2}]
+
+
+def test_quotes_that_join_rows_of_a_tsv_file_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = messages(monkeypatch, "warning")
+    joined = read_rows(write(tmp_path / "a.tsv", 'text\tlabel\n"Good\t1\nbad\t0\nof 5"\t1\nlast\t0\n'))
+    assert len(joined) == 2
+    assert "1 quoted field contains tabs and line ends (the first is in the row from line 2 on)" in " ".join(logged)
+    logged.clear()
+    assert len(read_rows(write(tmp_path / "b.tsv", 'text\tlabel\n"Good\nfilm"\t1\n"a\tb"\t0\n'))) == 2
+    assert not logged
+
+
+@pytest.mark.parametrize("names", [["good", "bad"], None])
+def test_parquet_files_whose_class_numbers_differ_are_refused(names: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for n, classes in enumerate((["bad", "good"], names)):
+        features = Features(
+            {"text": Value("string"), "label": ClassLabel(names=classes) if classes else Value("int64")}
+        )
+        Dataset.from_list(ROWS, features=features).to_parquet(str(tmp_path / "rows" / f"{n}.parquet"))
+    with pytest.raises(DataError, match=r"1\.parquet': column 'label' has .*, but .*bad.* in .*0\.parquet"):
+        read_rows(str(tmp_path / "rows"))
 
 
 def sources(folder: Path) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, EvalPrediction, ViTConfig, ViTForImageCl
 
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
+from ftaccum.tasks.image_classification import in_colors
 from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, needs_image_processor, save_encoder, save_rows, task_errors
@@ -163,6 +164,7 @@ def test_a_validation_label_that_training_lacks_is_named(encoder: str, tmp_path:
 
 RATED = Labels("single_label_classification", ("1", "10", "2"))  # sorted as text
 SPECIES = Labels("single_label_classification", ("ant", "bee", "cat"))
+NUMBERED = Labels("multi_label_classification", ("0", "1"), (0, 1))  # lists such as [0], [1] and [0, 1]
 KINDS = Labels("multi_label_classification", ("fun", "sad", "long"))
 
 
@@ -184,6 +186,8 @@ def rows_with(labels: Any, feature: Any) -> Dataset:
         ),
         pytest.param(KINDS, None, [[1, 0, 1], [0, 1, 1]], [[1, 0, 1], [0, 1, 1]], id="0 or 1 for each class"),
         pytest.param(KINDS, None, [[0, 2], [1]], [[1, 0, 1], [0, 1, 0]], id="class numbers"),
+        pytest.param(NUMBERED, None, [[0, 1], [1, 0]], [[1, 1], [1, 1]], id="all classes by number"),
+        pytest.param(NUMBERED, None, [[0, 1], [1, 1]], [[0, 1], [1, 1]], id="0 or 1 for each of two classes"),
         pytest.param(KINDS, List(ClassLabel(names=["sad", "fun"])), [[0], [1, 0]], [[0, 1, 0], [1, 1, 0]], id="lists"),
     ],
 )  # fmt: skip
@@ -276,6 +280,34 @@ def test_the_right_choice_trains_exactly(encoder: str, tmp_path: Path) -> None:
     bad = save_rows(tmp_path / "more.jsonl", [*rows, {**rows[0], "endings": ["a", "the", "film"]}])
     with pytest.raises(DataError, match="row 7 has 3 choices, but the first row has 2"):
         load_task("multiple-choice", "/absent", bad)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [(["1", "2", "1"], [1, 2, 1]), (["B", "C", "B"], [1, 2, 1]), (["3", "B", "4"], [0, 1, 1]), ([1, 2, 1], [1, 2, 1])],
+)
+def test_the_labels_of_choices_are_all_read_in_one_way(
+    encoder: str, labels: list[Any], numbers: list[int], tmp_path: Path
+) -> None:
+    choices = [["3", "2", "0"], ["A", "B", "C"], ["1", "4", "2"]]
+    rows = [{"context": "good", "choices": c, "label": label} for c, label in zip(choices, labels, strict=True)]
+    loaded = load_task("multiple-choice", encoder, save_rows(tmp_path / "rows.jsonl", rows))
+    assert loaded.train["labels"][:] == numbers
+
+
+def test_a_label_that_names_two_choices_is_refused(tmp_path: Path) -> None:
+    rows = [{"context": "good", "choices": ["0", "2", "1"], "label": label} for label in ("0", "1")]
+    with pytest.raises(DataError, match=r"row 1 has the label '1', which is the number and the text of different"):
+        load_task("multiple-choice", "/absent", save_rows(tmp_path / "rows.jsonl", rows))
+
+
+def test_images_of_16_bits_keep_their_shades() -> None:
+    shades = np.tile(np.arange(0, 256, 17, dtype=np.uint16), (4, 1))
+    deep, plain = Image.fromarray(shades * 257), Image.fromarray(shades.astype(np.uint8))
+    assert np.array_equal(in_colors(deep), in_colors(plain))
+    for unknown in (shades.astype(np.float32) / 255, shades.astype(np.int32) * 257):
+        with pytest.raises(DataError, match=r"numbers from 0 to .* it is unknown which of them is white"):
+            in_colors(Image.fromarray(unknown))
 
 
 def test_metrics_of_several_classes_and_of_numbers() -> None:

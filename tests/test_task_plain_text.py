@@ -1,6 +1,7 @@
 """The tasks `causal-lm` and `masked-lm`: which column they read, packed rows, masks, and their gradients."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_packed_rows_hold_all_tokens_in_order(lm: str, rows: str) -> None:
     ends = set(np.cumsum(LENGTHS)) | set(range(0, len(words), 6)) | {len(words)}
     assert [len(part) for part in documents(list(loaded.train))] == np.diff(sorted({0, *ends})).tolist()
     assert loaded.train.column_names == ["input_ids", "labels", "position_ids"]
+
+
+def test_no_packed_text_is_both_trained_and_validated_on(lm: str, tmp_path: Path) -> None:
+    texts = [f"row{n} good good good good good good good" for n in range(4)]
+    file = write(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    loaded = load_task("causal-lm", lm, file, packing=True, max_length=6, validation_split=0.25)
+    assert loaded.val is not None
+    parts = [Counter(chain(*rows["input_ids"])) for rows in (loaded.train, loaded.val)]
+    beginnings = [{WORDS[token] for token in part} & {f"row{n}" for n in range(4)} for part in parts]
+    assert [len(each) for each in beginnings] == [3, 1]
+    assert [part[WORDS.index("good")] for part in parts] == [21, 7]
+    one = write(tmp_path / "one.jsonl", [{"text": texts[0]}])
+    loaded = load_task("causal-lm", lm, one, packing=True, max_length=6, validation_split=0.25)
+    assert loaded.val is None, "the run holds out rows of the only text"
 
 
 def test_packing_is_right_for_all_lengths() -> None:

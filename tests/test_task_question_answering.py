@@ -234,6 +234,22 @@ def test_an_answer_without_its_place_is_looked_for(encoder: str, tmp_path: Path)
     assert loaded.train["end_positions"][:] == [10, 10, 10]
 
 
+def test_spaces_around_an_answer_do_not_count(encoder: str, tmp_path: Path) -> None:
+    context = "Ann lives in New York "
+    rows = [{**ROWS[0], "context": context, "answers": {"text": [" New York "], "answer_start": [12]}}, ROWS[0]]
+    loaded = load_task("question-answering", encoder, save_rows(tmp_path / "rows.jsonl", rows), validation_split=0.0)
+    assert loaded.train["start_positions"][:] == [9, 9]
+    assert loaded.train["end_positions"][:] == [10, 10]
+
+
+def test_an_answer_that_no_window_contains_is_reported(encoder: str, tmp_path: Path) -> None:
+    long = {**ROWS[3], "answers": {"text": [CONTEXTS[3][:-1]], "answer_start": [0]}}
+    file = save_rows(tmp_path / "rows.jsonl", [ROWS[0], long, ROWS[2]])
+    words = r"`train_data`, 1 of 3 rows \(the first is row 1\) have an answer that no window contains as a whole"
+    with pytest.warns(TextWarning, match=words):
+        load_task("question-answering", encoder, file, max_length=LIMIT, doc_stride=SHARED, validation_split=0.0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

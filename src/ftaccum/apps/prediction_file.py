@@ -12,6 +12,7 @@ from datasets import Dataset, Image
 
 from ..errors import SettingsError
 from ..runtime.atomic_files import atomic_write
+from ..runtime.log import logger
 from .options import check_output_file
 
 
@@ -74,7 +75,9 @@ def write_predictions(output: str, rows: Dataset, columns: Mapping[str, list[Any
     Lists and objects become JSON text in a CSV file.
     """
     path = Path(output).expanduser()
-    rows = rows.remove_columns([name for name in columns if name in rows.column_names])
+    if replaced := [name for name in columns if name in rows.column_names]:
+        logger.warning(f"Predictions replace the columns {', '.join(replaced)} of the rows. Rename them to keep them.")
+    rows = rows.remove_columns(replaced)
     for name, values in columns.items():
         rows = rows.add_column(name, values)
     with atomic_write(path) as partial:

@@ -133,9 +133,10 @@ def _located(context: str, texts: Sequence[str], starts: Sequence[int | None]) -
     if not texts:
         return Answers()
     text, start = texts[0], starts[0]
-    if start is not None and start >= 0 and context.startswith(text, start):
-        return Answers(tuple(texts), start, start + len(text))
-    place = context.find(text)
-    if place < 0 or context.find(text, place + 1) >= 0:
+    is_there = start is not None and start >= 0 and context.startswith(text, start)
+    place = start if is_there and start is not None else context.find(text)
+    if place < 0 or (not is_there and context.find(text, place + 1) >= 0):
         return None
-    return Answers(tuple(texts), place, place + len(text), is_moved=start is not None)
+    # Spaces around an answer may have no tokens, so that no window would contain it.
+    begin, end = place + len(text) - len(text.lstrip()), place + len(text.rstrip())
+    return Answers(tuple(texts), begin, max(begin, end), is_moved=start is not None and not is_there)

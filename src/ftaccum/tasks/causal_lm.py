@@ -9,6 +9,7 @@ from ..data.encode_table import encode_table
 from ..data.text_columns import choose_columns
 from ..data.tokenize import token_limit
 from ..errors import DataError, refuse
+from ..planning.shuffle import hold_out
 from ..runtime.log import logger
 from ..settings.recipe import Recipe
 from .columns import naming
@@ -30,6 +31,9 @@ class CausalLM(PlainText):
     model_class = AutoModelForCausalLM
     metrics = TokenAccuracy.NAMES
 
+    _tokens: Dataset  # of the texts that were packed last, a text per row
+    _limit: int
+
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)
         refuse(self._faults(EncodingOptions(recipe.text_columns, recipe.max_length)))
@@ -45,6 +49,7 @@ class CausalLM(PlainText):
         end = processor.eos_token_id if options.add_eos_token else None
         encode = DocumentEncoder(columns.texts[0], argument, processor, end)
         tokens = encode_table(texts, encode, options.n_processes, argument)
+        self._tokens, self._limit = tokens, limit
         packed = pack(tokens, argument, limit)
         warn_of_rows(
             argument, tokens[BLANK], "have no text, or only spaces. Drop them if the model should not train on them."
@@ -55,6 +60,17 @@ class CausalLM(PlainText):
             f"{limit} tokens ({', '.join(PACKED_COLUMNS)})"
         )
         return packed
+
+    def hold_out(self, rows: Any, encoded: Any, share: float, seed: int) -> tuple[Any, Dataset | None]:
+        """Hold out whole texts, if several are packed, so that no text is in both parts; else leave it to the run."""
+        if not self.named.packing or len(self._tokens) < 2:
+            return super().hold_out(rows, encoded, share, seed)
+        texts = [self._tokens.select(part) for part in hold_out(len(self._tokens), share, seed)]
+        train, held = (pack(each, "train_data", self._limit) for each in texts)
+        logger.info(
+            f"`validation_split` holds out {len(texts[1]):,} texts: {len(train):,} and {len(held):,} packed rows"
+        )
+        return train, held
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         return accuracy_arguments(next_token=True)

@@ -3,11 +3,13 @@
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError
 from ..objective.item_counts import IGNORE_INDEX
 from .conversations import ASSISTANT, Conversation
+from .tool_calls import with_written_calls
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = (
@@ -26,8 +28,8 @@ def encoded(conversation: Conversation, tokenizer: Any, limit: int | None) -> tu
     Raises:
         DataError: if the template cannot format the messages, or does not show where an answer begins and ends.
     """
-    template = _Template(tokenizer, conversation)
     try:
+        template = _Template(tokenizer, _with_written_calls(conversation, tokenizer))
         ids, answers = template.marked() if template.marks_answers else template.by_prefixes(limit)
     except DataError:
         raise
@@ -50,10 +52,18 @@ def prompt_tokens(conversation: Conversation, tokenizer: Any) -> list[int]:
         raise DataError("there is no message to answer. Add one, or drop the row.")
     more = {"tools": conversation.tools, **conversation.template_arguments}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+        asked = _with_written_calls(replace(conversation, messages=messages), tokenizer).messages
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more)
+    except DataError:
+        raise
     except Exception as error:  # templates may raise anything
         raise DataError(f"The chat template cannot format these messages: {error}. Fix or drop them.") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _with_written_calls(conversation: Conversation, tokenizer: Any) -> Conversation:
+    template = _Template(tokenizer, conversation)
+    return replace(conversation, messages=with_written_calls(conversation.messages, template.text))
 
 
 class _Template:
@@ -70,22 +80,31 @@ class _Template:
 
     def marked(self) -> tuple[list[int], list[bool]]:
         """Tokenize with a template that marks answers."""
-        messages, n_prompt = self._conversation.messages, self._conversation.n_prompt
-        more = {"tokenizer_kwargs": {"return_offsets_mapping": True}} if n_prompt else {}
+        messages, others = self._conversation.messages, self._not_learned()
+        more = {"tokenizer_kwargs": {"return_offsets_mapping": True}} if others else {}
         written = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
         answers = [bool(mark) for mark in written["assistant_masks"]]
-        if n_prompt:
-            prompt = self._text(messages[:n_prompt])
-            if not self._text(messages).startswith(prompt):
-                raise DataError(_changed(n_prompt))
-            ends = [end for _, end in written["offset_mapping"]]
-            first = bisect_right(ends, len(prompt))
-            answers[:first] = [False] * first
+        if others:
+            text, ends = self.text(messages), [end for _, end in written["offset_mapping"]]
+        for first, last in others:
+            before, part = self.text(messages[:first]) if first else "", self.text(messages[:last])
+            if not (part.startswith(before) and text.startswith(part)):
+                raise DataError(_changed(last))
+            for place in range(bisect_right(ends, len(before)), bisect_right(ends, len(part))):
+                answers[place] = False
         return written["input_ids"], answers
+
+    def _not_learned(self) -> list[tuple[int, int]]:
+        """Return the first message and the one after the last of each part whose answers are not learned."""
+        conversation, n_prompt = self._conversation, self._conversation.n_prompt
+        learned = conversation.answers
+        prompt = [(0, n_prompt)] if n_prompt else []
+        answers = (n for n, message in enumerate(conversation.messages) if message["role"] == ASSISTANT)
+        return prompt + [(n, n + 1) for n in answers if n >= n_prompt and n not in learned]
 
     def by_prefixes(self, limit: int | None) -> tuple[list[int], list[bool]]:
         """Tokenize with any template. Find each answer by formatting the messages up to its start and to its end."""
-        text = self._text(self._conversation.messages)
+        text = self.text(self._conversation.messages)
         # Tokenize the whole text at once: tokens may span its parts. The template adds the special tokens.
         tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = tokens["input_ids"], [end for _, end in tokens["offset_mapping"]]
@@ -102,11 +121,9 @@ class _Template:
         """Yield the start and end of each answer in `text`."""
         special = tuple(str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
         messages = self._conversation.messages
-        for n, message in enumerate(messages):
-            if message["role"] != ASSISTANT or n < self._conversation.n_prompt:
-                continue
-            answered = self._text(messages[: n + 1])
-            asked = self._text(messages[:n], add_generation_prompt=True) if n else self._before_first(answered)
+        for n in self._conversation.answers:
+            answered = self.text(messages[: n + 1])
+            asked = self.text(messages[:n], add_generation_prompt=True) if n else self._before_first(answered)
             if not (answered.startswith(asked) and text.startswith(answered)):
                 raise DataError(_changed(n))
             # A template may add a newline after the end of turn, which a model never generates.
@@ -119,7 +136,7 @@ class _Template:
     def _before_first(self, answered: str) -> str:
         """Return the text before an answer that is the first message: up to the template's start of answers."""
         question = [{"role": "user", "content": "?"}]
-        before, after = self._text(question), self._text(question, add_generation_prompt=True)
+        before, after = self.text(question), self.text(question, add_generation_prompt=True)
         start = after.removeprefix(before)
         if start in ("", after) or start not in answered:
             raise DataError(
@@ -128,7 +145,7 @@ class _Template:
             )
         return answered[: answered.index(start) + len(start)]
 
-    def _text(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
+    def text(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
         return self._apply(messages, tokenize=False, **more)
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> Any:

@@ -19,6 +19,8 @@ _SHAREGPT = {
     "model": ASSISTANT, "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 _EXAMPLE = "[{'role': 'user', 'content': 'Hello'}, …]"
+_SPEAKER_KEYS = {"role", "from"}
+_SPEAKERS = ("system", "developer", "user", ASSISTANT)  # whose content is text; results of tools may be objects
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Conversation:
 
     Attributes:
         messages: mappings with a role and, except for calls of tools, content.
-        n_prompt: the number of messages at the start whose answers are not learned.
+        n_prompt: the number of messages at the start whose answers are not learned. Further ones are those with a
+            weight of 0, as in OpenAI's format.
         tools: the tools that the assistant may call, as JSON schemas; None for none.
         template_arguments: further arguments of the chat template.
     """
@@ -36,6 +39,11 @@ class Conversation:
     n_prompt: int = 0
     tools: Sequence[Any] | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> list[int]:
+        """The positions of the messages that are learned."""
+        return [n for n, message in enumerate(self.messages) if n >= self.n_prompt and _is_learned(message)]
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Conversation":
@@ -65,11 +73,14 @@ def _parsed(value: Any, column: str) -> Any:
     """
     if isinstance(value, str) and (column not in (PROMPT, COMPLETION) or value.startswith('[{"')):
         try:
-            value = json.loads(value)
+            parsed = json.loads(value)
         except ValueError as error:
             if column in (PROMPT, COMPLETION):
                 return value
             raise DataError(f"`{column}` is {show(value)}, which is not JSON: {error}. Give a list or JSON.") from error
+        if column in (PROMPT, COMPLETION) and not all(isinstance(m, dict) and m.keys() & _SPEAKER_KEYS for m in parsed):
+            return value  # JSON that the assistant reads or writes
+        value = parsed
     return _without_none(value)
 
 
@@ -98,9 +109,38 @@ def _message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         message = {"role": _SHAREGPT[message["from"]], "content": message.get("value")}
     if not isinstance(message.get("role"), str):
         raise DataError(f"{name} has no role, only {', '.join(map(repr, message)) or 'nothing'}. Write {_EXAMPLE}.")
+    if message.get("function_call"):
+        raise DataError(f"{name} has a `function_call`, which chat templates do not know. Write it as `tool_calls`.")
     if message.get("content") is None and not message.get("tool_calls"):
         raise DataError(f"{name}, of the role {message['role']!r}, has no content. Write {_EXAMPLE}, or drop the row.")
-    return dict(message)
+    if message.get("weight", 1) not in (0, 1):
+        raise DataError(
+            f"{name} has the weight {show(message['weight'])}, but must have 1 to be learned, or 0. Fix it."
+        )
+    if "content" not in message:
+        return dict(message)
+    return {**message, "content": _content(message["content"], message["role"], name)}
+
+
+def _content(content: Any, role: str, name: str) -> Any:
+    """Return the content of a message, the texts of a list of parts joined.
+
+    Most templates would write any other list as Python does, with brackets and quotes.
+    """
+    if isinstance(content, list) and content:
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return "".join(texts)
+    if role in _SPEAKERS and not isinstance(content, str):
+        raise DataError(
+            f"{name} has the content {show(content)}, but only text can be learned. Write it as text, or drop the row."
+        )
+    return content
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == ASSISTANT and message.get("weight", 1) != 0
 
 
 def _check_form(value: Any, form: type, column: str, words: str) -> None:

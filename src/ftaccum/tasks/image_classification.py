@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset, Value
 from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..errors import DataError
@@ -45,6 +47,24 @@ class _Pixels:
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns `pixel_values` and, if there are labels, `labels`."""
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = [in_colors(image) for image in batch["image"]]
         pixels = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         return pixels | ({"labels": batch["label"]} if "label" in batch else {})
+
+
+def in_colors(image: Any) -> Any:
+    """Return an image of PIL with three channels of 8 bits.
+
+    Raises:
+        DataError: if its numbers have no known range, so that PIL would cut them off at 255.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if low < 0 or high > 255 or image.mode == "F":
+            raise DataError(
+                f"An image has numbers from {low:g} to {high:g} (mode {image.mode!r} of PIL), so it is unknown which "
+                "of them is white. Save it with 8 bits for each pixel."
+            )
+    return image.convert("RGB")

@@ -105,7 +105,8 @@ class Labels:
         if self.problem_type == REGRESSION:
             return self, values
         are_lists = all(isinstance(value, list) for value in values)
-        if self.problem_type == MULTI and are_lists and _is_multi_hot(values) and len(values[0]) == len(self.names):
+        is_multi = self.problem_type == MULTI and are_lists
+        if is_multi and _is_multi_hot(values) and len(values[0]) == len(self.names) and not self._are_sets(values):
             return replace(self, multi_hot=True), values
         inner = feature.feature if isinstance(feature, List | LargeList) else feature
         if isinstance(inner, ClassLabel):
@@ -124,6 +125,11 @@ class Labels:
             return self, values
         logger.info("The labels are whole numbers, and so are names of classes. They are read as names.")
         return replace(self, values=self.names), _mapped(values, str)
+
+    def _are_sets(self, values: Sequence[Sequence[Any]]) -> bool:
+        """Return whether lists may hold numbers of classes, because the classes are numbers, and none is held twice."""
+        are_numbered = self.names == tuple(map(str, range(len(self.names))))
+        return are_numbered and all(len(set(value)) == len(value) for value in values)
 
     def _number(self, value: Any, name: str) -> Any:
         if self.problem_type == REGRESSION:

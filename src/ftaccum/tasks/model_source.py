@@ -117,6 +117,8 @@ class ModelSource:
         if len(processor) > n_rows:
             model.resize_token_embeddings(len(processor))
             logger.info(f"Added {len(processor) - n_rows} rows to the embeddings, for the tokens of `add_tokens`.")
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            layer.weight._is_hf_initialized = False  # with `lora`, modules with new weights are trained
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> None:

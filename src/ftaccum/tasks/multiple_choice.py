@@ -1,6 +1,6 @@
 """The right one of several answers to a text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from ..data.encode_table import encode_table
 from ..data.tokenize import token_limit
 from ..errors import DataError
 from ..metrics import Accuracy
+from ..runtime.log import logger
 from .columns import Role
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
@@ -31,7 +32,8 @@ class MultipleChoice(Task):
     metrics = ("accuracy",)
 
     def head(self, train: Dataset) -> dict[str, Any]:
-        _numbers(train, "train_data")
+        if min(_numbers(train, "train_data")) > 0 and all(str(label).isdecimal() for label in train["label"]):
+            logger.warning("No row has choice 0 as its right answer. Do the labels start at 1?")
         return {}
 
     def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
@@ -79,8 +81,33 @@ def _numbers(rows: Dataset, argument: str) -> list[int]:
     Raises:
         DataError: naming the first row whose columns do not fit.
     """
-    n_choices, numbers = None, []
-    for n, (context, choices, label) in enumerate(zip(rows["context"], rows["choices"], rows["label"], strict=True)):
+    _check_columns(rows, argument)
+    pairs = list(zip(rows["label"], rows["choices"], strict=True))
+    read = {way: [find(label, choices) for label, choices in pairs] for way, find in _WAYS.items()}
+    whole = {way: numbers for way, numbers in read.items() if None not in numbers}
+    for n, (label, choices) in enumerate(pairs):
+        found = {way: numbers[n] for way, numbers in (whole or read).items() if numbers[n] is not None}
+        name, n_choices = f"In `{argument}`, row {n}", len(choices)
+        if not found:
+            raise DataError(
+                f"{name} has the label {label!r}, but the label of {n_choices} choices is a number from 0 to "
+                f"{n_choices - 1}, a letter from A on, or the text of a choice. Fix or drop the row."
+            )
+        if len(set(found.values())) > 1:
+            raise DataError(
+                f"{name} has the label {label!r}, which is {' and '.join(found)} of different choices: "
+                f"{choices!r:.80}. Give the labels of all rows as whole numbers from 0 on."
+            )
+    return [
+        next(number for number in numbers if number is not None)
+        for numbers in zip(*(whole or read).values(), strict=True)
+    ]
+
+
+def _check_columns(rows: Dataset, argument: str) -> None:
+    """Raise DataError for the first row whose context or choices are something else."""
+    n_choices = None
+    for n, (context, choices) in enumerate(zip(rows["context"], rows["choices"], strict=True)):
         name = f"In `{argument}`, row {n}"
         if not isinstance(context, str):
             raise DataError(f"{name} has {context!r:.60} instead of a text as its context. Fix or drop the row.")
@@ -93,24 +120,25 @@ def _numbers(rows: Dataset, argument: str) -> list[int]:
             raise DataError(
                 f"{name} has {len(choices)} choices, but the first row has {n_choices}. Give all rows the same number."
             )
-        number = _number(label, choices)
-        if number is None:
-            raise DataError(
-                f"{name} has the label {label!r}, but the label of {n_choices} choices is a number from 0 to "
-                f"{n_choices - 1}, a letter from A on, or the text of a choice. Fix or drop the row."
-            )
-        numbers.append(number)
-    return numbers
 
 
-def _number(label: Any, choices: Sequence[str]) -> int | None:
-    """Return the number of the choice that a label names; None if it names none."""
-    if isinstance(label, str):
-        if label in choices:
-            return choices.index(label)
-        if label.isdecimal():
-            label = int(label)
-        elif len(label) == 1 and label.isalpha() and label.isascii():
-            label = ord(label.upper()) - ord("A")
-    is_number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices)
-    return label if is_number else None
+def _of_number(label: Any, choices: Sequence[str]) -> int | None:
+    number = int(label) if isinstance(label, str) and label.isdecimal() else label
+    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices)
+    return number if is_number else None
+
+
+def _of_letter(label: Any, choices: Sequence[str]) -> int | None:
+    is_letter = isinstance(label, str) and len(label) == 1 and label.isalpha() and label.isascii()
+    return _of_number(ord(label.upper()) - ord("A"), choices) if is_letter else None
+
+
+def _of_text(label: Any, choices: Sequence[str]) -> int | None:
+    return choices.index(label) if label in choices else None
+
+
+# What a label may be: each function returns the number of the choice that it names, or None. All labels are read in one
+# way if there is one for all of them: those of choices such as "1" and "2" could be texts in some rows only.
+_WAYS: dict[str, Callable[[Any, Sequence[str]], int | None]] = {
+    "the number": _of_number, "the letter": _of_letter, "the text": _of_text,
+}  # fmt: skip

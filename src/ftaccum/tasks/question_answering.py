@@ -19,8 +19,9 @@ from .answer_spans import best_answers
 from .answers import Answers, check_texts, read_answers
 from .arguments import NamedArguments
 from .columns import Role
-from .context_windows import FOR_METRICS, ROW, ContextWindows
+from .context_windows import FOR_METRICS, NOWHERE, ROW, ContextWindows
 from .fast_tokenizer import check_fast
+from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 
 _SHARED = 128  # tokens that windows share, as in BERT's script for SQuAD
@@ -67,6 +68,8 @@ class QuestionAnswering(Task):
             texts = texts.add_column("start", [each.start for each in answers])
             texts = texts.add_column("end", [each.end for each in answers])
         self._windows = encode_table(texts, self._encoder, options.n_processes, argument)
+        if "answers" in rows.column_names:
+            self._warn_of_lost_answers(argument, [each.start >= 0 for each in answers])
         n_split = len(self._windows) - len(rows)
         if n_split:
             logger.info(
@@ -99,6 +102,17 @@ class QuestionAnswering(Task):
         if self.named.doc_stride is not None:
             return self.named.doc_stride
         return _SHARED if limit is None else min(_SHARED, limit // 4)
+
+    def _warn_of_lost_answers(self, argument: str, have_answers: Sequence[bool]) -> None:
+        """Warn about rows that have an answer, but no window with the whole of it."""
+        columns = (self._windows[name][:] for name in (ROW, "start_positions", NOWHERE))
+        found = {row for row, start, nowhere in zip(*columns, strict=True) if start != nowhere}
+        warn_of_rows(
+            argument,
+            [has_answer and row not in found for row, has_answer in enumerate(have_answers)],
+            "have an answer that no window contains as a whole, so they are learned as questions without an answer. "
+            "Set a greater `max_length` or `doc_stride`, or drop them.",
+        )
 
     def _check_sizes(self, texts: Dataset, argument: str) -> None:
         """Raise DataError for the first question that leaves no room for more context than windows share."""

@@ -95,6 +95,7 @@ class ExactAccumulation:
         self._model, self._accelerator, self._scaler, self._audit = model, accelerator, scaler, audit
         self._loss = LossArguments(loss_fn, reduction, count_items, on_inexact)
         self._measured: MeasuredLoss | None = None
+        self._n_windows = 0
         self.means: Mapping[str, float] = {}
         self._unfinished = self._check_wrappers()
 
@@ -136,14 +137,15 @@ class ExactAccumulation:
             torch.OutOfMemoryError: on all processes, if memory ran out on one of them.
         """
         batches = self._process_group.run_on_all(lambda: self._checked(window))
-        if self._measured is None:
-            self._measured = measure_loss(self._inner, batches, self._loss, self._process_group)
+        if self._measured is None or self._measured.n_rows == 1:
+            self._measure(batches)
         if self._measured is None:
             self.means = {}
             return float("nan")
         micro_batches = self._micro_batches(batches, self._measured)
         try:
-            self._audits.before_window(micro_batches)
+            self._n_windows += 1
+            self._audits.before_window(micro_batches, self._n_windows)
         except Exception:
             self._accumulator.zero_gradients()
             raise
@@ -204,6 +206,19 @@ class ExactAccumulation:
         refuse(faults_of_wrappers(self._model, self._accelerator, n_processes(self._accelerator)))
         ddp = ddp_around(self._model, self._accelerator)
         return watch if watch is not None or ddp is None else UnfinishedForward(ddp)
+
+    def _measure(self, batches: Sequence[Batch]) -> None:
+        """Measure the loss; measure it again if one row was measured, and this window has more."""
+        before, audits = self._measured, self.audits
+        needed = 1 if before is None else 2
+        found = measure_loss(self._inner, batches, self._loss, self._process_group, needed)
+        if found is None:
+            return
+        self._measured = found
+        if before is not None:
+            for made in ("_accumulator", "_audits"):  # for the loss as it was measured before
+                vars(self).pop(made, None)
+            self._audits.found.extend(audits)
 
     def _checked(self, window: Sequence[Any]) -> list[Batch]:
         if self._unfinished is not None:

@@ -39,14 +39,16 @@ class MeasuredLoss:
     Attributes:
         objective: the loss, and how to count its items.
         fill: the padding of columns, the same on all processes.
+        n_rows: the number of rows that were measured. One row does not show what a loss is a mean over.
     """
 
     objective: Objective
     fill: Mapping[str, int]
+    n_rows: int
 
 
 def measure_loss(
-    inner: nn.Module, batches: Sequence[Batch], loss: LossArguments, process_group: ProcessGroup
+    inner: nn.Module, batches: Sequence[Batch], loss: LossArguments, process_group: ProcessGroup, at_least: int = 1
 ) -> MeasuredLoss | None:
     """Measure how the loss is counted, on a few rows of a window, and warn or raise if it is inexact.
 
@@ -55,9 +57,10 @@ def measure_loss(
     Args:
         inner: the model, without DDP.
         batches: this process's part of the window.
+        at_least: the number of different rows that the measurement needs.
 
     Returns:
-        The measured loss; None if no row of the window has a label that counts, on any process.
+        The measured loss; None if fewer rows of the window have a label that counts, on all processes together.
 
     Raises:
         DataError, SettingsError: if the batches cannot be used, or the model gives no loss for them.
@@ -75,7 +78,8 @@ def measure_loss(
     fill = next((each for each in process_group.gather(fill) if each), {"input_ids": 0, "labels": -100})
     item_counter = counter_of(model, loss.loss_fn, fill["labels"])
     sample = sample_of_window(batches, item_counter, fill["input_ids"], process_group)
-    if sample is None:
+    n_rows = 0 if sample is None else len(set(sample.names))
+    if sample is None or n_rows < at_least:
         return None
     with without_autocast(model), run_eagerly(model):
         forward = ModelForward(model, sample.together, loss.loss_fn, source="The loader")
@@ -91,4 +95,4 @@ def measure_loss(
     warn_if_inexact(objective.report, loss.on_inexact, is_main=process_group.is_main)
     if process_group.is_main:
         report_loss_scale(divisor, {len(batches)})
-    return MeasuredLoss(objective, fill)
+    return MeasuredLoss(objective, fill, n_rows)

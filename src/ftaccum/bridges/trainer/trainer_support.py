@@ -60,13 +60,21 @@ def check_overrides(trainer_class: type, exact_class: type) -> None:
 
 def known_as_inexact(trainer: Any) -> list[str]:
     """Return a sentence on each part of a trainer's loss that mixes rows, although a few rows may not show it."""
-    if not getattr(trainer, "calculate_KL", False):
-        return []
-    return [
-        "KTO's loss compares each row with the mean KL divergence of its micro-batch, so that accumulating it only "
-        "approximates one large batch. The difference grows as the model moves away from the reference model. "
-        "`loss_type='apo_zero_unpaired'` has no such term, and is exact."
-    ]
+    found = []
+    if getattr(trainer, "calculate_KL", False):
+        found.append(
+            "KTO's loss compares each row with the mean KL divergence of its micro-batch, so that accumulating it only "
+            "approximates one large batch. The difference grows as the model moves away from the reference model. "
+            "`loss_type='apo_zero_unpaired'` has no such term, and is exact."
+        )
+    kinds = getattr(trainer.args, "loss_type", None) or ()
+    if "aot" in ([kinds] if isinstance(kinds, str) else kinds):
+        found.append(
+            "The loss type 'aot' of DPO sorts the log ratios of a micro-batch before it compares them, so that "
+            "accumulating it only approximates one large batch. The difference grows as the model moves away from the "
+            "reference model. `loss_type='sigmoid'` compares the two answers to each prompt, and is exact."
+        )
+    return found
 
 
 def check_trainer(trainer: Any) -> None:

@@ -28,7 +28,7 @@ class CsvTable(Table):
         names = self._opened[0].names
         kinds = {name: TEXT if name in self.plan.text_columns else "" for name in names}
         for opened in self._opened:
-            n_before = 0
+            n_before, doubtful = 0, []
             for batch in self.head(batched(opened.records())):
                 columns = dict(zip(opened.names, zip(*(cells for _, cells in batch), strict=True), strict=True))
                 for name, cells in columns.items():
@@ -36,6 +36,9 @@ class CsvTable(Table):
                     if kinds[name] == TEXT != before:
                         self._log_text(opened, name, before, cells, [line for line, _ in batch], n_before)
                 n_before += len(batch)
+                doubtful += [line for line, cells in batch if opened.may_hold_rows(cells)]
+            if doubtful:
+                self._warn_of_rows_in_fields(opened, doubtful)
         if _INDEX in kinds:
             self._check_index(kinds.pop(_INDEX))
         return pa.schema({name: arrow_type(kind) for name, kind in kinds.items()})
@@ -60,6 +63,14 @@ class CsvTable(Table):
         logger.info(
             f"`{first.file.argument}` {str(first.file.path)!r}: the first column has no name and numbers the rows. It "
             "is left out."
+        )
+
+    def _warn_of_rows_in_fields(self, opened: Delimited, lines: Sequence[int]) -> None:
+        n = f"{len(lines)} quoted field{'s contain' if len(lines) > 1 else ' contains'}"
+        logger.warning(
+            f"`{opened.file.argument}` {str(opened.file.path)!r}: {n} tabs and line ends (the first is in the row from "
+            f"line {lines[0]} on). If these are rows, the file quotes no fields, and a quote in its texts joined them. "
+            r"Save it with quotes: `pandas.read_csv(FILE, sep='\t', quoting=3).to_csv(FILE, sep='\t', index=False)`."
         )
 
     def _log_text(

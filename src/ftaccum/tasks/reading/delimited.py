@@ -23,6 +23,7 @@ class Delimited:
     Attributes:
         names: the columns. The first is "" for the index that pandas writes.
         header_line: the line of the header.
+        skips_spaces: whether a space follows each delimiter, also before quotes. It belongs to no field.
     """
 
     file: DataFile
@@ -30,6 +31,7 @@ class Delimited:
     delimiter: str
     names: list[str]
     header_line: int
+    skips_spaces: bool = False
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the line and the cells of each row, without the header.
@@ -39,10 +41,19 @@ class Delimited:
                 quotes that do not match.
         """
         n_names = len(self.names)
-        for line, cells in itertools.islice(_records(self.file, self.encoding, self.delimiter), 1, None):
+        rows = _records(self.file, self.encoding, self.delimiter, skips_spaces=self.skips_spaces)
+        for line, cells in itertools.islice(rows, 1, None):
             if len(cells) != n_names:
                 raise self._ragged(line, cells)
             yield line, cells
+
+    def may_hold_rows(self, cells: Sequence[str]) -> bool:
+        """Return whether a quoted field may be several rows: it contains tabs, which separate the columns, and lines.
+
+        If a file quotes nothing, a quote at the start of a text makes one field of all rows up to the next quote that
+        ends a text. Commas are too usual in texts to tell.
+        """
+        return self.delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells)
 
     def _ragged(self, line: int, cells: Sequence[str]) -> Exception:
         by = named(self.delimiter)
@@ -75,11 +86,14 @@ def open_delimited(file: DataFile, encoding: str, asked: str | None) -> Delimite
     if not first:
         raise file.empty()
     line, header = first[0]
+    skips_spaces = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    if skips_spaces:
+        line, header = next(_records(file, encoding, delimiter, skips_spaces=True))
     names = [name.strip() for name in header]
     _check_header(file, delimiter, names, line)
     if len(first) == 1:
         raise file.error(f"it has a header ({listed(names, _SHOWN)}), but no rows", "Give a file with rows.")
-    return Delimited(file, encoding, delimiter, names, line)
+    return Delimited(file, encoding, delimiter, names, line, skips_spaces)
 
 
 def named(delimiter: str) -> str:
@@ -124,11 +138,13 @@ def _lenient(file: DataFile, encoding: str, delimiter: str) -> Iterator[tuple[in
     return itertools.islice(_records(file, encoding, delimiter, strict=False), _SAMPLE)
 
 
-def _records(file: DataFile, encoding: str, delimiter: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+def _records(
+    file: DataFile, encoding: str, delimiter: str, *, strict: bool = True, skips_spaces: bool = False
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line and the fields of each record, without blank lines."""
     csv.field_size_limit(_LONGEST_FIELD)
     with open_text(file, encoding) as text:
-        reader = csv.reader(text, delimiter=delimiter, strict=strict)
+        reader = csv.reader(text, delimiter=delimiter, strict=strict, skipinitialspace=skips_spaces)
         before = 0
         while True:
             try:

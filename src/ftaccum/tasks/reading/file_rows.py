@@ -28,7 +28,7 @@ _TABLES: dict[str, type[Table]] = {
     "CSV": CsvTable, "TSV": CsvTable, "JSON": JsonTable, "JSON lines": JsonTable, "Parquet": ParquetTable,
     "text": TextTable,
 }  # fmt: skip
-_VERSION = 1  # of the rows that are made of the same bytes; part of their name on disk
+_VERSION = 2  # of the rows that are made of the same bytes; part of their name on disk
 _NAMED = 5  # files
 _HEAD_MIB = 1  # of a streamed file, to recognize its encoding
 

@@ -1,5 +1,6 @@
 """Parquet files as a table."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ class ParquetTable(Table):
         check_columns([(file, schema.names) for file, schema in zip(self.files, schemas, strict=True)])
         first = schemas[0]
         for file, schema in zip(self.files[1:], schemas[1:], strict=True):
+            self._check_classes(file, schema, first)
+        for file, schema in zip(self.files[1:], schemas[1:], strict=True):
             for field in schema:
                 expected = first.field(field.name).type
                 if _plain(field.type) != _plain(expected):
@@ -35,11 +38,29 @@ class ParquetTable(Table):
         plain = [field.with_type(_plain(field.type)) for field in first]
         return pa.schema(plain, first.metadata)
 
+    def _check_classes(self, file: DataFile, schema: pa.Schema, first: pa.Schema) -> None:
+        """Raise DataError if the numbers of a column stand for other classes than in the first file."""
+        known = _classes(first)
+        for name, classes in _classes(schema).items():
+            if classes != known[name]:
+                raise file.error(
+                    f"column {name!r} has {classes}, but {known[name]} in {str(self.files[0].path)!r}",
+                    "Write both files with the same classes.",
+                )
+
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         for file in self.files:
             with _opened(file) as parquet:
                 for batch in parquet.iter_batches(BATCH):
                     yield batch.select(schema.names).cast(schema)
+
+
+def _classes(schema: pa.Schema) -> dict[str, str]:
+    """Return the features of columns that have named classes, as `datasets` has stored them; empty texts for others."""
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features") or {}
+    shown = {name: json.dumps(feature) for name, feature in features.items()}
+    return {name: shown[name] if '"ClassLabel"' in shown.get(name, "") else "" for name in schema.names}
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
