@@ -43,6 +43,31 @@ def common() -> dict[str, Any]:
     }
 
 
+class TwoTasks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.kind, self.price = torch.nn.Embedding(9, 4), torch.nn.Linear(6, 3), torch.nn.Linear(6, 1)
+
+    def forward(self, ids: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = torch.cat([self.embedding(ids).mean(1), numbers], dim=1)
+        return {"kind": self.kind(found), "price": self.price(found)[:, 0]}
+
+
+def two_tasks() -> dict[str, Any]:
+    net, draw = TwoTasks(), torch.Generator().manual_seed(0)
+    kinds = [torch.tensor([n % 3, -100 if n % 2 else 1]) for n in range(8)]
+    loader = [
+        {
+            "ids": torch.randint(9, (2, 5), generator=draw),
+            "numbers": torch.randn(2, 2, generator=draw),
+            "kind": kind,
+            "price": torch.randn(2, generator=draw),
+        }
+        for kind in kinds
+    ]
+    return {"net": net, "loader": loader, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+
+
 def token_rows() -> dict[str, Any]:
     return {"model": causal_lm(), "rows": TOKENS}
 
@@ -129,6 +154,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "exact": trainer,
     "Accelerator(": loop,
     "ExactAccumulation(": loop,
+    'outputs["price"]': two_tasks,
     "optim.SGD": token_rows,
     "next_token_accuracy": token_rows,
     "verify": token_rows,

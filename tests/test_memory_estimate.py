@@ -102,6 +102,7 @@ def test_sums_of_16_bit_gradients_are_exact_and_replace_gradients() -> None:
     model = LlamaForCausalLM(TINY_LLAMA).to(torch.bfloat16)
     gradients = gradient_strategy(make_named(Recipe(), parameter_groups(model, Recipe())), in_float32=True)
     with gradients.accumulating():
+        gradients.begin_window()
         model(**batch_of(model)).loss.backward()
     estimate = estimate_memory(model, MemorySetup(accumulate_in_fp32=True), sharded=False)
     assert estimate.gradient_sums == bytes_of_storages(p.grad for p in gradients.parameters)

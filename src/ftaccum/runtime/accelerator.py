@@ -247,4 +247,4 @@ def _fault_of_tracker(one: Any) -> str | None:
     near = difflib.get_close_matches(one, names, 1)
     remedy = f"Did you mean {near[0]!r}?" if near else "None logs to no tracker."
     allowed = ", ".join(map(repr, names))
-    return f"`log_with` must be one of {allowed}, a GeneralTracker or None, but is {one!r} instead. {remedy}"
+    return f"`log_with` is {one!r}, but must be one of {allowed}, a GeneralTracker or None. {remedy}"

@@ -43,13 +43,16 @@ def new_modules(model: nn.Module) -> list[str]:
     `from_pretrained` marks the weights that it has loaded. Return nothing if no weight has a mark: the model was not
     loaded, or it is a copy.
     """
-    weights = [
-        (name, p) for name, p in model.named_parameters() if p.is_floating_point()
-    ]  # quantised ones have no mark
+    weights = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]  # quantized ones have none
     if not any(getattr(p, "_is_hf_initialized", False) for _, p in weights):
         return []
     new = [name.rpartition(".")[0] for name, p in weights if not getattr(p, "_is_hf_initialized", False)]
     return [name for name in dict.fromkeys(new) if name]
+
+
+def mark_as_new(layer: nn.Module) -> None:
+    """Let `new_modules` name a layer, because some of its rows are new."""
+    layer.weight._is_hf_initialized = False  # type: ignore[union-attr]
 
 
 def saved_by_peft(model: Any) -> list[str]:

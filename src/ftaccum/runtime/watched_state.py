@@ -52,11 +52,13 @@ class WatchedState:
         self._model, self._roots = model, roots
         self._times: Counter[str] = Counter()
         self._audits_left: dict[str, int] = {}  # of the places that have changed
-        self._take()
+        self._moved: set[str] | None = None  # the places of buffers that passes move; None before the first window
+        self.renew()
 
     def look(self) -> bool:
         """Return whether the state has changed since the last call."""
-        changed = {part: places for part in self._parts if (places := part.changed())}
+        moved = self._moved or set()
+        changed = {part: places for part in self._parts if (places := [*set(part.changed()) - moved])}
         found = dict.fromkeys(itertools.chain.from_iterable(changed.values()))
         self._times.update(found.keys())
         self._audits_left |= dict.fromkeys(found, _AUDITS)
@@ -64,8 +66,14 @@ class WatchedState:
             for part in changed:  # nothing inside them is watched
                 part.renew()
         else:
-            self._take()
+            self.renew()
         return bool(found)
+
+    def passed(self) -> None:
+        """Leave out the buffers that the passes of the first window have moved. Call this after each window."""
+        if self._moved is None:
+            buffers = {f"model.{name}" for name, _ in self._model.named_buffers()}
+            self._moved = buffers & {place for part in self._parts for place in part.changed()}
 
     @property
     def places(self) -> list[str]:
@@ -81,7 +89,8 @@ class WatchedState:
         """Record that the rows of an update were audited."""
         self._audits_left = {place: left - 1 for place, left in self._audits_left.items() if left > 1}
 
-    def _take(self) -> None:
+    def renew(self) -> None:
+        """Compare with the present state from now on."""
         counters = {place for place, times in self._times.items() if times > _FEW}
         parts = _Walk(self._model, counters).parts(self._roots)
         self._parts = list(itertools.islice(parts, _MOST_PARTS))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import SettingsError
+from ..runtime.adapters import mark_as_new
 from ..runtime.library_output import load_report_withheld
 from ..runtime.log import logger
 from ..runtime.sharding.launcher import hidden_modes
@@ -118,7 +119,7 @@ class ModelSource:
             model.resize_token_embeddings(len(processor))
             logger.info(f"Added {len(processor) - n_rows} rows to the embeddings, for the tokens of `add_tokens`.")
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight._is_hf_initialized = False  # with `lora`, modules with new weights are trained
+            mark_as_new(layer)  # with `lora`, modules with new weights are trained
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> None:

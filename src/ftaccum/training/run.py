@@ -144,11 +144,12 @@ class TrainingRun(RunWithOutputs):
         resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
         self.callback_handler.send("on_init_end")
         resume_point.restore(self.state, self.criterion)
+        self.loss_state.renew()  # restored buffers are no change
         _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
         if resume_point.path is None:
             self.evaluator.before_training()
         elif ledger.evaluations:
-            self.criterion.check({name for entry in ledger.evaluations for name in entry.metrics})
+            self.criterion.check(dict.fromkeys(name for entry in ledger.evaluations for name in entry.metrics))
         for entry in ledger.evaluations:
             if entry.evaluation:
                 self.callback.on_evaluation(entry)
@@ -219,6 +220,7 @@ class TrainingRun(RunWithOutputs):
         )
 
     def _before_step(self) -> None:
+        self.loss_state.passed()
         if self.config.components.callbacks:
             self.gradients.show()
         self.callback_handler.send("on_pre_optimizer_step")
