@@ -66,7 +66,7 @@ def _serve(jobs: int, answers: int) -> None:
 
 
 def _leave_the_tests() -> None:
-    """Undo what pytest has set for tests alone, and let scripts import their neighbours."""
+    """Undo what pytest has set for tests alone, and let scripts import their neighbors."""
     warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)  # as Python itself does

@@ -42,7 +42,7 @@ from task_files import save_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::ftaccum.TextWarning")
 
-# Rows of 2 to 5 words that differ from each other, so that each can be recognised.
+# Rows of 2 to 5 words that differ from each other, so that each can be recognized.
 TEXTS = [f"row{n % 12} {('good', 'bad', 'film', 'very')[n // 12]}{' a' * (n % 4)}" for n in range(40)]
 ROWS: list[dict[str, Any]] = [{"review": text, "stars": n % 3 > 0} for n, text in enumerate(TEXTS)]
 RATE, SIZE, DONE = 0.05, 4, 13  # peak learning rate, rows of an update, updates before the checkpoint
@@ -198,7 +198,7 @@ def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
 @pytest.mark.parametrize(
     ("rates", "is_inside"), [([1.0, 2.0], True), ([2.0, 3.0], False), ([3.0, 2.0], False), ([3.0], False)]
 )
-def test_a_checkpoint_inside_the_warm_up_is_recognised(rates: list[float], is_inside: bool, branches: Branches) -> None:
+def test_a_checkpoint_inside_the_warm_up_is_recognized(rates: list[float], is_inside: bool, branches: Branches) -> None:
     windows = [SimpleNamespace(learning_rate=rate) for rate in rates]
     checkpoint: Any = SimpleNamespace(windows=windows, metadata={"trained_on": {"learning_rate": [3.0, 9.0]}})
     assert replace(branches.run, checkpoint=checkpoint).is_warming_up is is_inside

@@ -357,7 +357,7 @@ FOUND = {
     1: "`loss_fn` sets padded labels to -100",
     6: "class weights in a function of the user's own, of a rare class",
     7: "255 ignored in a lambda",
-    9: "a layer that normalises its gradient",
+    9: "a layer that normalizes its gradient",
     10: "a mean over losses above 0.02, which shrink",
     11: "the same, one row at a time",
     12: "the same in train mode alone",

@@ -298,7 +298,7 @@ def test_memory_that_runs_out_while_generating_halves_the_batch(monkeypatch: pyt
     ("options", "sentence"),
     [
         (3, "must be a dict of arguments of `model.generate`, or None, but is 3 instead"),
-        ({"max_new_token": 3}, "has 'max_new_token', which is no setting of .*. Do you mean 'max_new_tokens'?"),
+        ({"max_new_token": 3}, "has 'max_new_token', which is no setting of .*. Did you mean 'max_new_tokens'?"),
         ({"nonsense": 3}, "has 'nonsense', which is no setting of .*. Settings are, for example, max_new_tokens"),
         ({"max_new_tokens": 0}, "is not valid: `max_new_tokens` must be greater than 0, but is 0"),
         (
@@ -330,7 +330,7 @@ def test_unusable_options_are_refused_before_training(options: Any, sentence: st
         ({"preprocess_logits_for_metrics": lambda *_: _}, "`preprocess_logits_for_metrics` changes logits. Leave one"),
         (
             {"model": BertForSequenceClassification(BertConfig(hidden_size=8, num_attention_heads=1, vocab_size=9))},
-            "BertForSequenceClassification cannot generate. Load a model with a language-modelling head",
+            "BertForSequenceClassification cannot generate. Load a model with a language-modeling head",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_sum_over_rows_may_be_missing_if_it_is_0() -> None:
 def test_a_term_that_exists_only_in_train_mode_is_counted() -> None:
     model = Detector()
 
-    def penalised(outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def penalized(outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         found = {"cls": F.cross_entropy(outputs[:, :2], batch["labels"])}
         return found | ({"penalty": outputs.square().mean()} if model.training else {})
 
@@ -148,7 +148,7 @@ def test_a_term_that_exists_only_in_train_mode_is_counted() -> None:
     sample = Sample(
         together, together, lambda batch, groups: [rows(batch, group) for group in groups], None, list("abcd")
     )
-    objective = measured_objective(model, ModelForward(model, together, penalised), sample, item_counter=ItemCounter())
+    objective = measured_objective(model, ModelForward(model, together, penalized), sample, item_counter=ItemCounter())
     assert objective.terms == ("cls", "penalty")
     assert means(model.eval(), objective, together)["penalty"] == 0.0
 

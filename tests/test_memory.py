@@ -247,7 +247,7 @@ def test_evaluation_continues_with_half_batches_when_memory_runs_out() -> None:
     assert len(halved[1].metrics) == 2
 
 
-def test_out_of_memory_errors_are_recognised() -> None:
+def test_out_of_memory_errors_are_recognized() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))

@@ -55,7 +55,7 @@ def test_a_missing_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         quantization_config(load_in_4bit=True, load_in_8bit=False)
 
 
-def quantised(folder: Path, bits: int) -> Any:
+def quantized(folder: Path, bits: int) -> Any:
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         LlamaForCausalLM(CONFIG).save_pretrained(folder)
@@ -75,15 +75,15 @@ def test_adapters_on_few_bits_are_trained_exactly_and_loaded_again(bits: int, tm
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
-    frozen = {name: p.clone() for name, p in quantised(base, bits).named_parameters()}
-    model = quantised(base, bits)
+    frozen = {name: p.clone() for name, p in quantized(base, bits).named_parameters()}
+    model = quantized(base, bits)
     result = run(model, lora={"r": 4}, output_dir=str(tmp_path / "run"), gradient_checkpointing=True)
     assert result.audits
     assert all(audit["error"] < 1e-5 for audit in result.audits)
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora" not in name}
     assert after.keys() == frozen.keys()
     assert all(torch.equal(p, frozen[name]) for name, p in after.items())
-    loaded = peft.PeftModel.from_pretrained(quantised(base, bits), tmp_path / "run" / "model").eval()
+    loaded = peft.PeftModel.from_pretrained(quantized(base, bits), tmp_path / "run" / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**one_batch(ROWS)).logits, result.model.eval()(**one_batch(ROWS)).logits)
 
@@ -92,6 +92,6 @@ def test_adapters_on_few_bits_are_trained_exactly_and_loaded_again(bits: int, tm
 def test_weights_of_few_bits_are_neither_trained_nor_merged(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(SettingsError, match=r"`model` has weights of 4 bits, which cannot be trained. Train adapters"):
-        run(quantised(tmp_path, 4))
+        run(quantized(tmp_path, 4))
     with pytest.raises(SettingsError, match="`save` is 'merged', but the model has weights of 4 bits, and merging"):
-        run(quantised(tmp_path, 4), lora=True, save="merged")
+        run(quantized(tmp_path, 4), lora=True, save="merged")

@@ -577,7 +577,7 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], said: str) -> None:
         fine_tuned(**arguments)
 
 
-def test_spellings_of_off_and_auto_are_recognised() -> None:
+def test_spellings_of_off_and_auto_are_recognized() -> None:
     for off in (False, "off", None):
         assert parse_settings({"resume": off})[1].resume is None
     for on in (True, "Auto", "true"):

@@ -143,7 +143,7 @@ def test_a_balance_that_reads_padding_counts_masked_tokens(model: nn.Module) -> 
     assert found.totals(outputs, batch).n_tokens == 2 * len(ones)
 
 
-def test_router_outputs_that_are_probabilities_are_recognised(model: nn.Module) -> None:
+def test_router_outputs_that_are_probabilities_are_recognized(model: nn.Module) -> None:
     batch = _batch(ROWS, masked=True)
     outputs = model(**batch)
     outputs.router_logits = tuple(layer.softmax(-1) for layer in outputs.router_logits)
@@ -153,7 +153,7 @@ def test_router_outputs_that_are_probabilities_are_recognised(model: nn.Module) 
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_balance_of_a_model_in_bfloat16_is_recognised(model: nn.Module, autocast: bool) -> None:
+def test_the_balance_of_a_model_in_bfloat16_is_recognized(model: nn.Module, autocast: bool) -> None:
     model = model.float() if autocast else model.bfloat16()
     batch = _batch(ROWS, masked=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -222,25 +222,25 @@ def test_without_a_top_k_in_the_config_every_number_of_experts_is_tried(model: n
     assert found.reading.top_k == TOP_K
 
 
-def test_a_config_with_another_top_k_is_not_recognised(model: nn.Module) -> None:
+def test_a_config_with_another_top_k_is_not_recognized(model: nn.Module) -> None:
     batch = _batch(ROWS, masked=True)
     model.config.num_experts_per_tok = 3
     assert RouterBalance.find(model, model(**batch), batch, "aux_loss", FACTOR) is None
 
 
-def test_outputs_without_router_logits_are_not_recognised(model: nn.Module) -> None:
+def test_outputs_without_router_logits_are_not_recognized(model: nn.Module) -> None:
     batch = _batch(ROWS, masked=True)
     outputs = {name: value for name, value in model(**batch).items() if name != "router_logits"}
     assert RouterBalance.find(model, outputs, batch, "aux_loss", FACTOR) is None
 
 
-def test_a_dense_model_is_not_recognised() -> None:
+def test_a_dense_model_is_not_recognized() -> None:
     dense, batch = HEADS["causal LM, Llama"].model(), _batch(ROWS, masked=True)
     assert RouterBalance.find(dense, dense(**batch), batch, "aux_loss", FACTOR) is None
     assert RouterBalance.find(dense, dense(**batch), batch, "loss", FACTOR) is None
 
 
-def test_a_factor_that_is_not_a_constant_is_not_recognised(model: nn.Module) -> None:
+def test_a_factor_that_is_not_a_constant_is_not_recognized(model: nn.Module) -> None:
     batch = _batch(ROWS, masked=True)
     assert RouterBalance.find(model, model(**batch), batch, "aux_loss", math.nan) is None
 

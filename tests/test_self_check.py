@@ -233,7 +233,7 @@ def test_passes_that_change_state_for_the_next_pass_are_reported() -> None:
         train(Annealed(nn.LayerNorm(6)), **TWICE)
 
 
-class Penalised(Net):
+class Penalized(Net):
     """A model that computes a gradient in its forward pass in train mode."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def test_a_term_without_items_is_not_reported_as_drift(norm: Any) -> None:
 
 
 def test_models_that_differentiate_in_their_forward_pass_are_measured() -> None:
-    train(Penalised(nn.LayerNorm(6)), **TWICE)
+    train(Penalized(nn.LayerNorm(6)), **TWICE)
 
 
 def test_nothing_is_reported_without_accumulation() -> None:

@@ -89,11 +89,11 @@ def test_models_and_optimizers_that_can_be_sharded() -> None:
     [
         (
             partial(with_attribute, "is_quantized", True),
-            "`model` has weights that are quantised, which FSDP2 cannot sh",
+            "`model` has weights that are quantized, which FSDP2 cannot sh",
         ),
         (
             lambda: ModelWrapper(with_attribute("is_quantized", True)),
-            "`model` has weights that are quantised, which FSDP2 cannot sh",
+            "`model` has weights that are quantized, which FSDP2 cannot sh",
         ),
         (
             partial(with_attribute, "hf_device_map", {"bert": 0, "classifier": "cpu"}),
@@ -159,8 +159,8 @@ def test_sparse_adam_is_refused(optimizer: Any) -> None:
 
 
 def test_the_page_on_launching_quotes_the_messages() -> None:
-    quantised = with_adapters()
-    quantised.is_loaded_in_4bit = True  # type: ignore[assignment]
+    quantized = with_adapters()
+    quantized.is_loaded_in_4bit = True  # type: ignore[assignment]
     spread, tables = (
         with_attribute("hf_device_map", {"a": 0, "b": 1}),
         nn.ModuleDict({"embeddings": nn.Embedding(2, 2)}),
@@ -168,7 +168,7 @@ def test_the_page_on_launching_quotes_the_messages() -> None:
     tables["embeddings"].sparse = True  # type: ignore[assignment]
     optimizer = trained(AdamW(HEAD.model().parameters()))
     found = [
-        *(faults(quantised) + faults(spread) + faults(tables) + faults(with_adapters(), "merged")),
+        *(faults(quantized) + faults(spread) + faults(tables) + faults(with_adapters(), "merged")),
         *faults(with_a_hook("register_hook")),
         *(faults(optimizer=SparseAdam) + faults(optimizer=optimizer)),
     ]

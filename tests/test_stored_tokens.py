@@ -122,7 +122,7 @@ def test_the_setting_reaches_the_tokenizer(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_second_run_of_a_program_does_not_tokenise(tmp_path: Path) -> None:
+def test_a_second_run_of_a_program_does_not_tokenize(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(
         "import sys\n"

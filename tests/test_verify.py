@@ -423,7 +423,7 @@ def test_splits_have_every_row_once_and_as_many_passes_on_every_process() -> Non
     assert short == {64, 1, 22, 42, 63}
 
 
-def test_rows_keep_their_names_when_some_are_tokenised() -> None:
+def test_rows_keep_their_names_when_some_are_tokenized() -> None:
     rows = as_rows(Dataset.from_dict({"text": [str(n) for n in range(9)]}), "data").subset([2, 5, 8])
     assert rows.table["text"][:] == ["2", "5", "8"]
     made = rows.replaced([{"input_ids": [n]} for n in range(3)]).subset([1, 2])
@@ -455,7 +455,7 @@ def test_the_command_prints_a_result_and_refuses_bad_options(
     assert main([*command, "--json", "-"]) == 0
     shown = capfd.readouterr()
     assert json.loads(shown.out)["effective_batch_size"] == 8, "nothing else goes to standard output"
-    assert "1024/1024" in shown.err, "of 3,000 rows, no more are tokenised"
+    assert "1024/1024" in shown.err, "of 3,000 rows, no more are tokenized"
     assert main([*command, "--tolerance", "1e-300", "--json", str(tmp_path / "found.json"), "--n_splits", "0"]) == 1
     assert "NOT EXACT" in capfd.readouterr().out
     assert not Verification.load(tmp_path / "found.json").exact

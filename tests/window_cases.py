@@ -109,7 +109,7 @@ def cox_again(r_N: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def by_position(scores: Any, batch: Any) -> Tensor:  # noqa: ARG001
-    """Return a loss of which each row's weight is its place in the update, and neighbours are compared."""
+    """Return a loss of which each row's weight is its place in the update, and neighbors are compared."""
     s_N = scores.reshape(-1)
     weights_N = torch.linspace(-1, 1, len(s_N), dtype=s_N.dtype)
     return (s_N * weights_N).mean() + (s_N[1:] - s_N[:-1]).tanh().sum() + s_N.square().mean()

@@ -1,6 +1,6 @@
 """A tiny configuration of any configuration class, and a model with it.
 
-The rules recognise sizes by Transformers' names for them. If one set of sizes breaks a constraint of a model, the next
+The rules recognize sizes by Transformers' names for them. If one set of sizes breaks a constraint of a model, the next
 may satisfy it. `HELP` has the settings of classes for which no set does.
 """
 
@@ -230,5 +230,5 @@ def tiny_model(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Mod
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=draw, dtype=torch.float64) * (0.1 if p.ndim > 1 else 0.05)
-            p.copy_(p.nan_to_num(0.0, 0.0, 0.0).clamp(-10, 10) + noise)  # some weights are uninitialised memory
+            p.copy_(p.nan_to_num(0.0, 0.0, 0.0).clamp(-10, 10) + noise)  # some weights are uninitialized memory
     return model

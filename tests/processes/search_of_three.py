@@ -2,7 +2,7 @@
 
 Print their ids and, when all have ended, their statuses in the same order. The processes are forked: they start
 simultaneously, and the imports, which take longest, happen once. With "elsewhere", each process treats the others as
-if they ran on other machines: it recognises a dead one only by its missing heartbeat.
+if they ran on other machines: it recognizes a dead one only by its missing heartbeat.
 """
 
 import os

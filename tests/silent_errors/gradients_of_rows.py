@@ -25,7 +25,7 @@ class _HiddenTerm(torch.autograd.Function):
         return gradients[0] + x.mean(0) * x.mean(0).square().sum() / len(x)
 
 
-class _Normalised(torch.autograd.Function):
+class _Normalized(torch.autograd.Function):
     """The identity, whose backward pass scales the gradient to norm 1."""
 
     @staticmethod
@@ -65,9 +65,9 @@ def hidden_term() -> float:
     return error_of(Net(_HiddenTerm))
 
 
-@case(9, "a layer that normalises its gradient", refused="gradient over separate micro-batches")
+@case(9, "a layer that normalizes its gradient", refused="gradient over separate micro-batches")
 def normalised_gradient() -> float:
-    return error_of(Net(_Normalised))
+    return error_of(Net(_Normalized))
 
 
 @case(9, "a hook that clamps the gradient of a weight", refused="gradient over separate micro-batches")

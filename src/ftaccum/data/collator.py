@@ -145,5 +145,5 @@ def _odd_row(place: int, error: Exception, row: Row) -> OddRowError:
     if not (isinstance(error, KeyError) and isinstance(row, Mapping)):
         return OddRowError(place, str(error))
     problem = f"`data_collator` reads the column {error}, but the row has only {', '.join(map(repr, row))}"
-    remedy = "With a `tokenizer`, rows of text are tokenised first: leave it out if `data_collator` tokenises."
+    remedy = "With a `tokenizer`, rows of text are tokenized first: leave it out if `data_collator` tokenizes."
     return OddRowError(place, problem, remedy)

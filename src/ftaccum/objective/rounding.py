@@ -27,7 +27,7 @@ class Rounding:
         """Return the bounds for weights of these types.
 
         Args:
-            dtypes: the types of all weights, also those that are not trained. Integers are quantised weights, which
+            dtypes: the types of all weights, also those that are not trained. Integers are quantized weights, which
                 compute in 16 bits.
             autocast: "no", or the 16-bit type in which autocast runs operations on float32 weights.
         """

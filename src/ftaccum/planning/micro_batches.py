@@ -115,7 +115,7 @@ class MicroBatchPlanner:
             for start, end in zip([0, *ends[:-1]], ends, strict=True)
         ]
         if self.n_passes is not None:
-            slices.sort(key=lambda piece: -piece.tokens)  # neighbours in length may differ in size
+            slices.sort(key=lambda piece: -piece.tokens)  # neighbors in length may differ in size
         rounds = [slices[n : n + self.num_processes] for n in range(0, len(slices), self.num_processes)]
         rounds += [[]] * ((self.n_passes or 0) - len(rounds))
         rounds.sort(key=lambda slices: -max((piece.tokens for piece in slices), default=0))

@@ -106,7 +106,7 @@ class ModuleAttributes:
 def _settle_8bit_weights(module: Any) -> None:
     """Do what the first forward pass of an 8-bit layer of bitsandbytes does: move scales from the weight to its state.
 
-    The move cannot be undone. If only the state were restored, the layer would quantise its 8-bit weights again.
+    The move cannot be undone. If only the state were restored, the layer would quantize its 8-bit weights again.
     """
     if getattr(module, "init_8bit_state", None) is not None and getattr(module.weight, "CB", None) is not None:
         module.init_8bit_state()

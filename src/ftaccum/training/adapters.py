@@ -104,7 +104,7 @@ def fault_of_save(save: str, *, has_adapters: bool) -> str | None:
 
 
 def quantised_bits(model: Any) -> int | None:
-    """Return the bits of the weights of a model that bitsandbytes has quantised; None for other models."""
+    """Return the bits of the weights of a model that bitsandbytes has quantized; None for other models."""
     widths, model = {"is_loaded_in_4bit": 4, "is_loaded_in_8bit": 8}, model_to_save(model)
     return next((bits for name, bits in widths.items() if getattr(model, name, False)), None)
 

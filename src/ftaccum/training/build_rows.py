@@ -1,4 +1,4 @@
-"""The training and validation rows: converts the user's data, tokenises text and holds out validation rows."""
+"""The training and validation rows: converts the user's data, tokenizes text and holds out validation rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,13 +45,13 @@ class RunRows:
 
 
 def build_rows(config: RunConfig, accelerator: Accelerator, stream: Stream | None) -> RunRows:
-    """Return the training and validation rows, tokenised.
+    """Return the training and validation rows, tokenized.
 
     Args:
         stream: the training data, if they are a stream.
 
     Raises:
-        DataError: if the data are not rows, or are raw text that cannot be tokenised.
+        DataError: if the data are not rows, or are raw text that cannot be tokenized.
         SettingsError: if the model should learn to predict the next token of raw text, but sees it.
     """
     components, recipe = config.components, config.recipe
@@ -99,7 +99,7 @@ def _no_text(rows: Rows, named: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _TextReader:
-    """Tokenises the rows of a run that are raw text."""
+    """Tokenizes the rows of a run that are raw text."""
 
     components: Components
     recipe: Recipe
@@ -114,7 +114,7 @@ class _TextReader:
         return getattr(self.components.tokenizer, "eos_token_id", None)
 
     def read(self, rows: Rows, named: Sequence[str] | None) -> tuple[Rows, TextColumns | None]:
-        """Return the rows, tokenised, and their text columns; None for the columns if the rows are not raw text.
+        """Return the rows, tokenized, and their text columns; None for the columns if the rows are not raw text.
 
         Args:
             named: the names of the text columns; None to find them.
@@ -124,11 +124,11 @@ class _TextReader:
         if not is_raw_text(rows, accepted_arguments(model), named, has_collator=has_collator):
             own_loss = self.components.loss_fn is None
             return rows if has_collator else settle_labels(rows, config, own_loss=own_loss), None
-        if tokenizer is None and has_collator and named is None:  # the user's collator may tokenise
+        if tokenizer is None and has_collator and named is None:  # the user's collator may tokenize
             return rows, None
         if tokenizer is None:
             raise DataError(
-                f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise "
+                f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenize "
                 "first."
             )
         if self.components.is_causal_lm:

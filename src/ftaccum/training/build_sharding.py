@@ -54,7 +54,7 @@ def _faults_of_model(model: nn.Module) -> list[str]:
     faults = []
     bits = quantised_bits(model)
     if bits or any(getattr(module, "is_quantized", False) for module in model.modules()):
-        kind = f"of {bits} bits" if bits else "that are quantised"
+        kind = f"of {bits} bits" if bits else "that are quantized"
         faults.append(
             f"`model` has weights {kind}, which FSDP2 cannot shard. Load it in 16 bits (`dtype='bfloat16'`), or "
             f"{WHOLE}."

@@ -18,7 +18,7 @@ def states_of(callbacks: Sequence[TrainerCallback]) -> dict[str, dict[str, Any] 
 
 
 def restore_states(callbacks: Sequence[TrainerCallback], saved: Mapping[str, Any]) -> None:
-    """Restore the states of callbacks, which are recognised by their classes and their order.
+    """Restore the states of callbacks, which are recognized by their classes and their order.
 
     Log a warning about states that no callback takes, and about callbacks that begin without their state.
 

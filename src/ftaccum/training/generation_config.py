@@ -73,7 +73,7 @@ def generation_config(model: Any, options: Mapping[str, Any], pad_token_id: int 
     if not can_generate(model):
         raise SettingsError(
             [
-                f"{_NAME} is given, but {type(model).__name__} cannot generate. Load a model with a language-modelling "
+                f"{_NAME} is given, but {type(model).__name__} cannot generate. Load a model with a language-modeling "
                 "head, such as AutoModelForCausalLM or AutoModelForSeq2SeqLM, or leave it out."
             ]
         )
@@ -112,7 +112,7 @@ def _unknown(options: Mapping[str, Any], config: GenerationConfig) -> list[str]:
     faults = []
     for name in (name for name in options if name not in known or name.startswith("_")):
         close = get_close_matches(name, known, n=1)
-        hint = f"Do you mean {close[0]!r}?" if close else "Settings are, for example, max_new_tokens and num_beams."
+        hint = f"Did you mean {close[0]!r}?" if close else "Settings are, for example, max_new_tokens and num_beams."
         faults.append(f"{_NAME} has {name!r}, which is no setting of transformers.GenerationConfig. {hint}")
     return faults
 

@@ -24,7 +24,7 @@ from .left_padding import ignores_left_padding
 from .prompts import left_padded, prompt_of
 
 # Options that look at the tokens of the prompt or the encoder, and so at their padding. A repetition penalty does, too,
-# but `left_padded` pads with tokens that it penalises anyway.
+# but `left_padded` pads with tokens that it penalizes anyway.
 _LOOK_AT_PADDING = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty")
 _WITHOUT_EFFECT = (None, 0, 1.0)
 _OF_TEXT = {"input_ids", "attention_mask"}

@@ -241,7 +241,7 @@ class CallbackHandler:
         return {_RUN: {"stops": self.stops, **progress}, **states_of(self._callbacks)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, continues: bool = False) -> None:
-        """Restore the states of callbacks, which are recognised by their classes and their order.
+        """Restore the states of callbacks, which are recognized by their classes and their order.
 
         Args:
             continues: whether a run that a callback stopped is to continue.

@@ -51,7 +51,7 @@ class InPlaceGradients:
 
 
 def _can_add(layer: nn.Linear) -> bool:
-    weight = layer._parameters.get("weight")  # a pruned or normalised layer computes its weight
+    weight = layer._parameters.get("weight")  # a pruned or normalized layer computes its weight
     if weight is None or weight.is_complex() or "forward" in vars(layer):
         return False
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not sees_gradient(weight)
