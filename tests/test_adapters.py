@@ -289,6 +289,7 @@ def test_tied_embeddings_are_merged_where_the_adapters_are(lora: dict[str, Any],
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT tells that it saves them
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # older versions of PEFT warn about it
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_embeddings_of_added_tokens_are_trained(tied: bool, tmp_path: Path) -> None:
     model = save_chat_model(tmp_path / "model", tie_word_embeddings=tied)

@@ -337,7 +337,7 @@ def test_hooks_in_the_layer_see_all_positions() -> None:
     [
         ({"gradient_checkpointing": True}, "at all positions: the layers are checkpointed."),
         ({"loss_head": "full"}, ""),
-        pytest.param({"compile": True}, "", marks=COMPILES_FLOAT64),
+        pytest.param({"compile": True}, "", marks=[COMPILES_FLOAT64, pytest.mark.slow]),
     ],
 )
 def test_layers_are_whole_with(arguments: dict[str, Any], said: str) -> None:

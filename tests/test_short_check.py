@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
 
 from exactness import window_errors
 from ftaccum import InexactLossWarning, SettingsError, test_fine_tuning
@@ -50,6 +50,8 @@ def reports(model: nn.Module, rows: list[Row], **arguments: Any) -> dict[str, An
 
 @pytest.mark.parametrize("name", HEADS)
 def test_it_finds_the_count_that_the_whole_check_finds(name: str) -> None:
+    if name == "seq2seq, BART" and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        pytest.skip("the short check leaves BART of older Transformers to the whole check")
     model, rows = HEADS[name].model(), HEADS[name].rows()
     found, whole = reports(model, rows), reports(model, rows, audit=False)
     assert "short" not in whole

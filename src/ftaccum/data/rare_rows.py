@@ -22,7 +22,7 @@ _FEW_LABELS = 32  # label values; up to this number, one more row may be chosen 
 
 @dataclass(frozen=True)
 class LabelKind:
-    """What labels stand for.
+    """The kind of labels: tokens, or classes and numbers.
 
     Attributes:
         are_tokens: whether they are tokens that a language model predicts with its own loss.
@@ -34,7 +34,7 @@ class LabelKind:
 
     @property
     def most(self) -> int:
-        """The most values to cover. Of a vocabulary, a model's own loss hardly treats any but special tokens apart."""
+        """The most values to cover. A model's own loss hardly has a rule for any token but special ones."""
         return _MOST_TOKENS if self.are_tokens else _MOST_CLASSES
 
 

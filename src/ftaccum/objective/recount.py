@@ -166,7 +166,7 @@ class RareCheck:
         }
         wanted = torch.tensor(values, dtype=torch.float64)
         found = (values_in(items, [row]) for row in rows.values())
-        return sum(bool(torch.isclose(each[:, None], wanted, 0.0, 0.0, equal_nan=True).any()) for each in found)
+        return sum(bool(_are_equal(each[:, None], wanted).any()) for each in found)
 
     def _candidates(self) -> Sequence[Rule]:
         return candidates([group.together for group in self._groups], self._ignore_index)
@@ -203,3 +203,8 @@ class RareCheck:
 
 def _is_loss(mean: float) -> bool:
     return math.isfinite(mean) and mean != 0
+
+
+def _are_equal(one: Tensor, other: Tensor) -> Tensor:
+    """Return where numbers are equal; NaN equals NaN. `torch.isclose` of torch 2.9 does not broadcast NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
