@@ -57,8 +57,8 @@ class WatchedState:
 
     def look(self) -> bool:
         """Return whether the state has changed since the last call."""
-        moved = self._moved or set()
-        changed = {part: places for part in self._parts if (places := [*set(part.changed()) - moved])}
+        moved = self._moved or ()
+        changed = {p: places for p in self._parts if (places := [each for each in p.changed() if each not in moved])}
         found = dict.fromkeys(itertools.chain.from_iterable(changed.values()))
         self._times.update(found.keys())
         self._audits_left |= dict.fromkeys(found, _AUDITS)
